@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -81,7 +82,7 @@ def assert_close_to_truth(
     rmse_factor: how far ours may be from base's RMSE; 1.1 in 16 bits and 1.5 in fp32 by default.
     truncating_stores: Triton's interpreter truncates where hardware rounds; allows one more ulp.
     """
-    ours, base, truth = _as_tuple(ours), _as_tuple(base), _as_tuple(truth)
+    ours, base, truth = as_tuple(ours), as_tuple(base), as_tuple(truth)
     names = [what] if isinstance(what, str) else list(what)
     if len(names) != len(ours):
         names = [f"{names[0]}[{i}]" for i in range(len(ours))]
@@ -174,7 +175,7 @@ def same_specials(output: Tensor, truth: Tensor, name: str = "output") -> str:
 
 def assert_bitwise_equal(a, b, what: str = "output") -> None:
     """Raise AssertionError unless all values have the same bits (so that NaN equals NaN)."""
-    for i, (x, y) in enumerate(zip(_as_tuple(a), _as_tuple(b), strict=True)):
+    for i, (x, y) in enumerate(zip(as_tuple(a), as_tuple(b), strict=True)):
         if x is None or y is None:
             assert x is y, f"{what}[{i}]: {_brief(x)} and {_brief(y)}"
             continue
@@ -189,7 +190,7 @@ def assert_bitwise_equal(a, b, what: str = "output") -> None:
 
 def largest(tensors) -> float:
     """The largest finite magnitude over one or many tensors, 0 when there is none."""
-    values = [t.detach().double().abs() for t in _as_tuple(tensors) if t is not None and t.numel()]
+    values = [t.detach().double().abs() for t in as_tuple(tensors) if t is not None and t.numel()]
     return max(
         (v[torch.isfinite(v)].max().item() for v in values if torch.isfinite(v).any()), default=0.0
     )
@@ -220,7 +221,7 @@ def grads_of(
         t.detach().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t
         for t in inputs
     ]
-    outputs = _as_tuple(fn(*leaves))
+    outputs = as_tuple(fn(*leaves))
     if output_grads is None:
         output_grads = [o.new_ones(()).expand(o.shape) for o in outputs]
     pairs = [
@@ -327,10 +328,17 @@ def _whole_storage(t: Tensor) -> Tensor:
 
 
 def available_for(op: str, device: str | torch.device = "cpu") -> tuple[str, ...]:
-    """The backends of operator `op` that can run on `device` here, in the operator's own order."""
-    from vitkernels import available_backends
+    """The backends of public operator `op` that can run on `device` here, in its table's order."""
+    import vitkernels.ops
+    from vitkernels import _native
 
-    return tuple(available_backends(op, device))
+    slice_of_op = importlib.import_module(getattr(vitkernels.ops, op).__module__)
+    kind = torch.device(device).type
+    return tuple(
+        backend.name
+        for backend in slice_of_op.BACKENDS
+        if _native.missing[backend.name] is None and kind in _native.devices[backend.name]
+    )
 
 
 class DistinctCases:
@@ -362,7 +370,7 @@ class DistinctCases:
 cases = DistinctCases()
 
 
-def _as_tuple(value) -> tuple:
+def as_tuple(value) -> tuple:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 

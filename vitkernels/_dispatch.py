@@ -1,0 +1,243 @@
+"""The only dispatch code: declare raw operators, choose a backend, force one.
+
+An operator's slice declares each raw operator once, as data: a schema string, a fake (shapes and dtypes of the outputs)
+and the reference implementation. `declare` makes one default overload (what `auto` records in traced and exported
+graphs) and one overload per kernel backend. The `torch` backend is no overload: it is a composition of stock PyTorch
+operators that autograd and torch.compile see through.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import _native
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_BACKENDS = ("cpu", "cuda", "triton", "reference")  # those with an overload of each raw operator
+BACKEND_NAMES = ("cpu", "cuda", "triton", "torch", "reference")
+
+_LIBRARY = torch.library.Library("vitkernels", "DEF")
+_forced: str | None = None  # set by use_backend; a module global because torch.compile can guard on it
+
+
+# --- declaring raw operators ------------------------------------------------------------------------------------------
+
+
+def declare(name: str, schema: str, *, fake: Callable, reference: Callable, triton_module: str) -> None:
+    """Define `vitkernels::name` with its default overload and one overload per kernel backend.
+
+    schema: everything after the name, e.g. "(Tensor x) -> Tensor". `triton_module` is imported at the first call of the
+    Triton overload (importing triton costs 150 ms). C++ registers its own overloads when its library is loaded.
+    """
+    reference = _without_autocast(reference)
+    triton = _lazy(triton_module, name)
+    for overload in ("", *KERNEL_BACKENDS):
+        qualified = f"{name}.{overload}" if overload else name
+        _LIBRARY.define(qualified + schema)
+        torch.library.register_fake(f"vitkernels::{qualified}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
+    for device in _native.devices["triton"]:
+        _LIBRARY.impl(f"{name}.triton", triton, device.upper())
+    _LIBRARY.impl(name, _preferred_kernel(name), "CUDA")
+    if _native.missing["cpu"] is not None:  # the C++ library registers the default overload for CPU itself
+        _LIBRARY.impl(name, reference, "CPU")
+
+
+def overload(name: str, backend: str) -> Callable:
+    """The raw operator's overload for a backend; `auto` is the default overload."""
+    packet = getattr(torch.ops.vitkernels, name)
+    return packet.default if backend == "auto" else getattr(packet, backend)
+
+
+def _lazy(module: str, name: str) -> Callable:
+    def call(*args):
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return call
+
+
+def _without_autocast(fn: Callable) -> Callable:
+    """A raw operator computes in the dtypes it is given; autocast was read by the public function."""
+
+    @functools.wraps(fn)
+    def call(*args):
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return fn(*args)
+        return fn(*args)
+
+    return call
+
+
+def _preferred_kernel(name: str) -> Callable:
+    """What the default overload runs on CUDA: the recorded winner, else the reference (exported graphs only)."""
+
+    def call(*args):
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device
+        return overload(name, recorded_winner(name.rsplit("_", 1)[0], device) or "reference")(*args)
+
+    return call
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of an operator's BACKENDS table. `limit` maps the facts of a call to the reason it cannot be served."""
+
+    name: str
+    dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
+    limit: Callable[..., str | None] | None = None
+
+    def refusal(self, device: torch.device, dtypes: tuple[torch.dtype, ...], facts: dict) -> str | None:
+        if _native.missing[self.name] is not None:
+            return _native.missing[self.name]
+        if device.type not in _native.devices[self.name]:
+            return f"it takes {' or '.join(_native.devices[self.name])} tensors, got {device.type}"
+        for dtype in dtypes:
+            if dtype not in self.dtypes:
+                return f"it takes {', '.join(_short(d) for d in self.dtypes)}, got {_short(dtype)}"
+        return self.limit(**facts) if self.limit is not None else None
+
+
+def choose(
+    op: str,
+    table: tuple[Backend, ...],
+    requested: str | None,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    **facts,
+) -> str:
+    """The backend that serves this call: "auto" (the default overload), or a name from the table.
+
+    A request by argument or `use_backend` is served or refused with every backend's reason, never replaced.
+    """
+    name = requested if requested is not None else _forced
+    if device.type == "meta":
+        return "reference"
+    if name is not None:
+        for backend in table:
+            if backend.name == name:
+                if backend.refusal(device, dtypes, facts) is None:
+                    return name
+                raise ValueError(_refusals(op, name, table, device, dtypes, facts))
+        raise ValueError(f"{op}: backend must be one of {[b.name for b in table]}, got {name!r}")
+    if torch.float64 in dtypes:
+        return "reference"
+    winner = "cpu" if device.type == "cpu" else recorded_winner(op, device)
+    for backend in table:
+        if backend.name == winner and backend.refusal(device, dtypes, facts) is None:
+            return "auto"
+    return "torch"
+
+
+def _refusals(op, name, table, device, dtypes, facts) -> str:
+    reasons = {b.name: b.refusal(device, dtypes, facts) for b in table}
+    others = "; ".join(f"{n}: {r or 'can serve it'}" for n, r in reasons.items() if n != name)
+    return f"{op}: backend={name!r} cannot serve this call: {reasons[name]}. Others - {others}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- hardware records -------------------------------------------------------------------------------------------------
+
+
+def _load_records() -> dict[str, dict[str, str]]:
+    """{"sm_90": {"add_layer_norm": "cuda"}}: which kernel passed and won where. Shipped ones, then the user's own."""
+    records: dict[str, dict[str, str]] = {}
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitkernels"
+    for path in (*sorted((Path(__file__).parent / "records").glob("*.json")), cache / "records.json"):
+        try:
+            for arch, winners in json.loads(path.read_text()).items():
+                records.setdefault(arch, {}).update(winners)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError) as error:
+            warnings.warn(f"vitkernels: hardware record {path.name} is unreadable, ignored: {error}", stacklevel=2)
+    return records
+
+
+_RECORDS = _load_records()
+_hinted = False
+
+
+def recorded_winner(op: str, device: torch.device) -> str | None:
+    """The kernel backend that has a hardware record for this operator on this GPU, or None (one hint per process)."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    winner = _RECORDS.get(f"sm_{major}{minor}", {}).get(op)
+    if winner is None and not torch.compiler.is_compiling():
+        _hint(f"sm_{major}{minor}")
+    return winner
+
+
+def _hint(arch: str) -> None:
+    global _hinted
+    if not _hinted:
+        _hinted = True
+        warnings.warn(
+            f"vitkernels: no kernel has a hardware record for {arch} yet, so stock PyTorch runs. "
+            "use_backend('triton') or use_backend('cuda') forces a kernel; `vitkernels tune` will make the record.",
+            stacklevel=4,
+        )
+
+
+# --- forcing ----------------------------------------------------------------------------------------------------------
+
+
+class use_backend:  # noqa: N801 - used like a function
+    """Force one backend for every vitkernels operator inside a `with` block: `with use_backend("triton"): ...`.
+
+    name: "cpu", "cuda", "triton", "torch" or "reference"; None or "auto" gives the choice back. A call that the backend
+    cannot serve raises ValueError with every backend's reason. Applies to the whole process, not to one thread.
+    """
+
+    def __init__(self, name: str | None):
+        if name is not None and name != "auto" and name not in BACKEND_NAMES:
+            raise ValueError(f"use_backend: name must be one of {[*BACKEND_NAMES, 'auto']}, got {name!r}")
+        self.name = None if name == "auto" else name
+
+    def __enter__(self) -> use_backend:
+        global _forced
+        self.previous = _forced
+        _forced = self.name
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _forced
+        _forced = self.previous
+
+
+def available_backends() -> list[str]:
+    """The backends that can run on this machine, in the order of preference of the tables."""
+    return [name for name in BACKEND_NAMES if _native.missing[name] is None]
+
+
+# --- what the operators' public functions share -----------------------------------------------------------------------
+
+
+def needs_autograd(*tensors: torch.Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that torch.autocast asks for on this device, or None outside autocast."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None

@@ -1,0 +1,78 @@
+"""Finds and loads the compiled libraries, and remembers why one is missing.
+
+Nothing here raises: a missing compiler, library or GPU leaves the other backends working, and `vitkernels info`
+prints what this module learned.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+LIB_DIR = Path(__file__).parent / "lib"
+
+# Read once, at import: dispatch must not look at the environment while a graph is being traced.
+EMULATE = os.environ.get("VITKERNELS_EMULATE", "0") == "1"
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+CPU_ISA_LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
+
+
+def _load(name: str, how_to_build: str) -> str | None:
+    """Load one library; None when it is loaded, otherwise the reason why not."""
+    path = LIB_DIR / f"lib{name}.so"
+    if not path.exists():
+        return f"{path.name} is not built ({how_to_build})"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+def _load_cuda() -> str | None:
+    if EMULATE:
+        return _load("vitkernels_emu", "VITKERNELS_EMULATE=1 needs it: make build")
+    reason = _load("vitkernels_cuda", "needs nvcc at build time: install the CUDA toolkit, then make build")
+    if reason is None and not torch.cuda.is_available():
+        return "no NVIDIA GPU is visible to torch"
+    return reason
+
+
+def _find_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed (pip install triton)"
+    if INTERPRET or torch.cuda.is_available():
+        return None
+    return "no NVIDIA GPU is visible to torch (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+
+
+# backend -> None when it can run here, else the reason. "torch" and "reference" always can.
+missing: dict[str, str | None] = {
+    "cpu": _load("vitkernels_cpu", "needs g++ at build time: install g++ and make, then make build"),
+    "cuda": _load_cuda(),
+    "triton": _find_triton(),
+    "torch": None,
+    "reference": None,
+}
+
+# Device types whose tensors each backend takes, on this machine and in this process.
+devices: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu",),
+    "cuda": ("cpu",) if EMULATE else ("cuda",),
+    "triton": ("cpu", "cuda") if INTERPRET else ("cuda",),
+    "torch": ("cpu", "cuda", "meta"),
+    "reference": ("cpu", "cuda", "meta"),
+}
+
+
+def build_facts():
+    """The `vitkernels._C` module (build facts, CPU features, launch plans), or None where it was not built."""
+    try:
+        from vitkernels import _C
+    except ImportError:
+        return None
+    return _C

@@ -1,0 +1,5 @@
+"""The fused operators: one slice a folder, each with its reference, its backends and its public function."""
+
+from .add_layer_norm import add_layer_norm, layer_norm_add
+
+__all__ = ["add_layer_norm", "layer_norm_add"]
