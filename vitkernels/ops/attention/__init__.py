@@ -1,0 +1,3 @@
+from .op import BACKENDS, attention, attention_qkvpacked, attention_weights
+
+__all__ = ["BACKENDS", "attention", "attention_qkvpacked", "attention_weights"]
