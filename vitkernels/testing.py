@@ -28,6 +28,7 @@ from torch import Tensor
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *SIXTEEN_BIT)
+EPS32 = torch.finfo(torch.float32).eps
 TRUNCATION_TEST_FROM = 4096  # values; below that the mean is too noisy to tell truncation from luck
 
 
@@ -72,6 +73,7 @@ def assert_close_to_truth(
     what: str | Sequence[str] = "output",
     rmse_factor: float | None = None,
     truncating_stores: bool = False,
+    truncation_test: bool = True,
 ) -> None:
     """Raise AssertionError, with every number, unless `ours` is within the error model.
 
@@ -81,6 +83,7 @@ def assert_close_to_truth(
         output, such as a gradient of an fp32 weight, was computed from 16-bit activations.
     rmse_factor: how far ours may be from base's RMSE; 1.1 in 16 bits and 1.5 in fp32 by default.
     truncating_stores: Triton's interpreter truncates where hardware rounds; allows one more ulp.
+    truncation_test: False for a composition of stock operators, whose roundings are not ours.
     """
     ours, base, truth = as_tuple(ours), as_tuple(base), as_tuple(truth)
     names = [what] if isinstance(what, str) else list(what)
@@ -99,12 +102,19 @@ def assert_close_to_truth(
                 )
             continue
         problems += _compare(
-            name, mine, peer, exact, dtype or mine.dtype, scale, rmse_factor, truncating_stores
+            name,
+            (mine, peer, exact),
+            dtype or mine.dtype,
+            scale,
+            rmse_factor,
+            truncating_stores,
+            truncation_test and not truncating_stores,
         )
     assert not problems, "\n".join(["not within the error model:", *problems])
 
 
-def _compare(name, ours, base, truth, dtype, scale, rmse_factor, truncating) -> list[str]:
+def _compare(name, tensors, dtype, scale, rmse_factor, truncating, rounds) -> list[str]:
+    ours, base, truth = tensors
     if ours.shape != truth.shape or base.shape != truth.shape:
         shapes = tuple(tuple(t.shape) for t in (ours, base, truth))
         return [f"{name}: shapes ours {shapes[0]}, base {shapes[1]}, truth {shapes[2]}"]
@@ -125,8 +135,8 @@ def _compare(name, ours, base, truth, dtype, scale, rmse_factor, truncating) -> 
         problems.append(f"max error {mine.max:.4g} > {max_limit:.4g}; {_worst(ours, base, truth)}")
     if not mine.rmse <= rmse_limit:
         problems.append(f"RMSE {mine.rmse:.4g} > {rmse_limit:.4g}")
-    rounds = ours.dtype in SIXTEEN_BIT and not truncating and n >= TRUNCATION_TEST_FROM
-    if rounds and abs(mine.drift) > max(0.1 * mine.rmse, 2 * _eps32() * scale):
+    rounds = rounds and ours.dtype in SIXTEEN_BIT and n >= TRUNCATION_TEST_FROM
+    if rounds and abs(mine.drift) > max(0.1 * mine.rmse, 2 * EPS32 * scale):
         problems.append(
             f"mean(error * sign(truth)) {mine.drift:.4g} > 0.1 RMSE: truncated, not rounded"
         )
@@ -140,11 +150,10 @@ def _compare(name, ours, base, truth, dtype, scale, rmse_factor, truncating) -> 
 
 def _limits(dtype, peer, scale, n, rmse_factor, truncating) -> tuple[float, float]:
     """The largest max error and RMSE allowed beside `peer`, the errors of plain PyTorch."""
-    eps32 = _eps32()
     if dtype not in SIXTEEN_BIT:
         return (
-            max(2 * peer.max, 8 * eps32 * scale),
-            max((rmse_factor or 1.5) * peer.rmse, 2 * eps32 * scale),
+            max(2 * peer.max, 8 * EPS32 * scale),
+            max((rmse_factor or 1.5) * peer.rmse, 2 * EPS32 * scale),
         )
     factor = rmse_factor or 1.1
     if n < TRUNCATION_TEST_FROM:
@@ -154,7 +163,7 @@ def _limits(dtype, peer, scale, n, rmse_factor, truncating) -> tuple[float, floa
     one_ulp = ulp(scale, dtype)
     if truncating:  # truncation has twice the RMSE of rounding
         return peer.max + 2 * one_ulp, max(2.2 * peer.rmse, one_ulp)
-    return peer.max + one_ulp, max(factor * peer.rmse, 2 * eps32 * scale)
+    return peer.max + one_ulp, max(factor * peer.rmse, 2 * EPS32 * scale)
 
 
 def same_specials(output: Tensor, truth: Tensor, name: str = "output") -> str:
@@ -298,14 +307,13 @@ def in_layout(values: Tensor, layout: str) -> Tensor:
     raise ValueError(f"in_layout: layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
+def _filled(view: Tensor, values: Tensor) -> Tensor:
+    return view.copy_(values)
+
+
 def _poisoned(like: Tensor, shape: Sequence[int]) -> Tensor:
     fill = math.nan if like.is_floating_point() else (like.dtype == torch.bool) or 77
     return torch.full(tuple(shape), fill, dtype=like.dtype, device=like.device)
-
-
-def _filled(view: Tensor, values: Tensor) -> Tensor:
-    view.copy_(values)
-    return view
 
 
 @contextlib.contextmanager
@@ -381,10 +389,6 @@ def _bits(t: Tensor) -> Tensor:
 
 def _brief(t: Tensor | None) -> str:
     return "None" if t is None else f"{_short(t.dtype)}{tuple(t.shape)}"
-
-
-def _eps32() -> float:
-    return torch.finfo(torch.float32).eps
 
 
 def _short(dtype) -> str:

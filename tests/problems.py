@@ -1,0 +1,174 @@
+"""One call of an operator with its options, and how to judge it: shared by the operators' tests.
+
+A Problem holds the tensors that get gradients (`inputs`), everything else (`options`), and two other
+ways to compute the same: `spec`, the differentiable specification, run in float64 as the truth; and
+`eager`, plain PyTorch in the tested dtype, whose errors are the yardstick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import torch
+
+import vitkernels.ops
+from vitkernels import testing
+from vitkernels.testing import SIXTEEN_BIT
+
+DTYPE_IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclasses.dataclass
+class Problem:
+    op: str
+    inputs: dict[str, torch.Tensor | None]
+    options: dict
+    spec: Callable
+    eager: Callable
+    outputs: tuple[str, ...]
+    gradient_groups: tuple[tuple[str, ...], ...]
+    precision: torch.dtype = torch.float32
+    seed: int = 5
+
+    def laid_out(self, layout: str) -> Problem:
+        inputs = {
+            name: None if t is None else testing.in_layout(t, layout)
+            for name, t in self.inputs.items()
+        }
+        return dataclasses.replace(self, inputs=inputs)
+
+    def double(self) -> Problem:
+        inputs = {n: None if t is None else t.double() for n, t in self.inputs.items()}
+        options = dict(self.options)
+        if isinstance(options.get("row_scale"), torch.Tensor):
+            options["row_scale"] = options["row_scale"].double()
+        if "out_dtype" in options:
+            options["out_dtype"] = torch.float64
+        return dataclasses.replace(self, inputs=inputs, options=options)
+
+    def dropout_seed(self) -> torch.Tensor:
+        """What the public function draws after torch.manual_seed(self.seed)."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return torch.randint(0, 2**62, (1,))
+
+    # Each takes the inputs in order, so that testing.grads_of can differentiate it.
+
+    def ours(self, backend: str | None = None, **changes) -> Callable:
+        function = getattr(vitkernels.ops, self.op)
+
+        def call(*tensors):
+            torch.manual_seed(self.seed)
+            named = dict(zip(self.inputs, tensors, strict=True))
+            return function(**named, **{**self.options, **changes}, backend=backend)
+
+        return call
+
+    def truth(self) -> Callable:
+        return self._other(self.spec, self.double().options)
+
+    def base(self) -> Callable:
+        return self._other(self.eager, self.options)
+
+    def _other(self, function, options):
+        def call(*tensors):
+            named = dict(zip(self.inputs, tensors, strict=True))
+            return function(**named, **options, seed=self.dropout_seed())
+
+        return call
+
+
+def output_gradients(problem: Problem, outputs, layout: str = "contiguous"):
+    generator = torch.Generator().manual_seed(problem.seed + 1)
+    return [
+        testing.in_layout(torch.randn(o.shape, generator=generator).to(o.dtype), layout)
+        for o in outputs
+    ]
+
+
+def check(
+    problem: Problem,
+    backend: str,
+    *,
+    shape_class: str,
+    layout: str = "contiguous",
+    grad_layout: str | None = None,
+    rmse_factor: float | None = None,
+    wanted: tuple[str, ...] | None = None,
+) -> None:
+    """Forward and every gradient of `backend` against the truth; inputs stay as they were.
+
+    grad_layout: of the incoming gradients; "ones" is the expanded one of `.sum().backward()`, None
+    the layout of the inputs. wanted: the inputs that need a gradient, by default all.
+    """
+    problem = problem.laid_out(layout)
+    tensors = list(problem.inputs.values())
+    with torch.no_grad():
+        outputs = testing.as_tuple(problem.ours(backend)(*tensors))
+    grads = None
+    if grad_layout != "ones":
+        grads = output_gradients(problem, outputs, grad_layout or layout)
+    leaves = _freeze(problem, wanted)
+    with testing.unchanged(*tensors, *(grads or ())):
+        ours, our_grads = leaves(problem.ours(backend), tensors, grads)
+    base, base_grads = leaves(problem.base(), tensors, grads)
+    doubles = list(problem.double().inputs.values())
+    exact, exact_grads = leaves(problem.truth(), doubles, grads)
+
+    truncating = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    stock = backend == "torch"  # it rounds between its steps and casts parameters, in its own order
+    common = {
+        "rmse_factor": 1.5 if stock else rmse_factor,
+        "truncating_stores": truncating,
+        "truncation_test": not stock,
+    }
+    what = f"{problem.op} {backend} {shape_class} {layout}"
+    names = [f"{what}: {name}" for name in problem.outputs]
+    testing.assert_bitwise_equal(ours, outputs, f"{what}: with and without gradient")
+    testing.assert_close_to_truth(ours, base, exact, what=names, **common)
+    for group in problem.gradient_groups:
+        picked = [
+            [dict(zip(problem.inputs, g, strict=True))[name] for name in group]
+            for g in (our_grads, base_grads, exact_grads)
+        ]
+        for name, mine, exact_grad in zip(group, picked[0], picked[2], strict=True):
+            assert (mine is None) == (exact_grad is None), f"{what}: gradient of {name} is {mine}"
+            if mine is not None:
+                given = problem.inputs[name]
+                assert mine.dtype == given.dtype and mine.shape == given.shape, f"{what}: d{name}"
+        names = [f"{what}: d{name}" for name in group]
+        testing.assert_close_to_truth(*picked, dtype=problem.precision, what=names, **common)
+    dtype = DTYPE_IDS[problem.precision]
+    dtypes = {DTYPE_IDS[t.dtype] for t in tensors if t is not None and t.is_floating_point()}
+    label = dtype if dtypes == {dtype} else "+".join(sorted(dtypes | {dtype}))
+    testing.cases.record(problem.op, backend, label, shape_class, layout)
+
+
+def _freeze(problem: Problem, wanted):
+    """testing.grads_of, with gradients only for the `wanted` inputs."""
+    if wanted is None:
+        return testing.grads_of
+
+    def run(function, tensors, grads):
+        names = list(problem.inputs)
+        chosen = [i for i, name in enumerate(names) if name in wanted]
+
+        def call(*picked):
+            full = list(tensors)
+            for i, tensor in zip(chosen, picked, strict=True):
+                full[i] = tensor
+            return function(*full)
+
+        outputs, partial = testing.grads_of(call, [tensors[i] for i in chosen], grads)
+        every = [None] * len(names)
+        for i, grad in zip(chosen, partial, strict=True):
+            every[i] = grad
+        return outputs, every
+
+    return run
+
+
+def lowest_precision(*dtypes) -> torch.dtype:
+    return next((d for d in SIXTEEN_BIT if d in dtypes), torch.float32)
