@@ -1,0 +1,60 @@
+"""Host side of a launch: device, machine size, and the rows of an arbitrarily strided tensor."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+import triton
+
+# True when the kernels of this process run on the CPU, one program after the other (TRITON_INTERPRET=1).
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the device; 2 under the interpreter, which runs one program at a time."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _row_groups(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
+    """Leading dims merged from the left wherever every tensor allows it: [(size, stride per tensor)]."""
+    groups: list[tuple[int, list[int]]] = []
+    for dim, size in enumerate(sizes):
+        if size == 1:
+            continue
+        here = [stride[dim] for stride in strides]
+        if groups and all(outer == inner * size for outer, inner in zip(groups[-1][1], here)):
+            groups[-1] = (groups[-1][0] * size, here)
+        else:
+            groups.append((size, here))
+    return groups
+
+
+def collapse_rows(
+    *tensors: torch.Tensor | None,
+) -> tuple[int, list[torch.Tensor | None], list[tuple[int, int, int]]]:
+    """Sees tensors of one shape (..., C) as rows: row r lies at (r // inner) * outer_stride + (r % inner) * inner_stride.
+
+    Returns inner, the tensors, and (outer_stride, inner_stride, column_stride) for each, zeros for None.
+    Two levels cover batches, tokens, transposes and expands; only what needs a third one is copied.
+    """
+    present = [t for t in tensors if t is not None]
+    lead = present[0].shape[:-1]
+    groups = _row_groups(lead, [t.stride() for t in present])
+    if len(groups) > 2:
+        present = [t if len(_row_groups(lead, [t.stride()])) < 2 else t.contiguous() for t in present]
+        groups = _row_groups(lead, [t.stride() for t in present])
+    while len(groups) < 2:
+        groups.insert(0, (1, [0] * len(present)))
+    (_, outer), (inner_rows, inner) = groups
+    found = iter(zip(present, zip(outer, inner, (t.stride(-1) for t in present))))
+    pairs = [(None, (0, 0, 0)) if t is None else next(found) for t in tensors]
+    return inner_rows, [t for t, _ in pairs], [s for _, s in pairs]
