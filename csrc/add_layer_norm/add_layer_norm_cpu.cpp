@@ -1,0 +1,246 @@
+// Launchers of add_layer_norm and layer_norm_add on the CPU: cheap checks, outputs, fixed chunks of rows, registration.
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "add_layer_norm/add_layer_norm_cpu.h"
+#include "common/stable.h"
+
+namespace vitkernels {
+namespace {
+
+constexpr int64_t kForwardGrain = 1 << 15;  // elements a thread should have at least
+constexpr int64_t kChunkRows = 32;          // rows whose weight gradients are summed together...
+constexpr int64_t kMaxChunks = 256;         // ...unless that makes more partial sums than this
+
+const AddLayerNormTable& kernels() { return VK_PICK_TABLE(add_layer_norm); }
+
+RowsArg arg(const Rows& rows) { return {const_cast<void*>(rows.data), rows.stride, rows.dtype}; }
+
+RowsArg output(const Tensor& t, int64_t C, const char* op) {
+  return {t.mutable_data_ptr(), C, dtype_of(t, op, "output")};
+}
+
+RowsArg absent(DType dtype = DType::kF32) { return {nullptr, 0, dtype}; }
+
+// A parameter of C values as contiguous fp32; `owner` keeps a converted copy alive.
+const float* as_float(const OptTensor& t, int64_t C, const char* op, const char* name, OptTensor* owner) {
+  if (!t.has_value()) return nullptr;
+  VK_CHECK(t->numel() == C, op, name, " must have ", C, " elements, got ", t->numel());
+  *owner = torch::stable::contiguous(torch::stable::to(*t, ScalarType::Float));
+  return static_cast<const float*>((*owner)->const_data_ptr());
+}
+
+struct Parameters {
+  OptTensor weight, bias, gamma, row_scale;  // fp32 owners of the pointers handed to kernels
+};
+
+BranchArgs branch_args(const OptTensor& gamma, const OptTensor& row_scale, const OptTensor& seed, double dropout_p,
+                       const Tensor& x, int64_t rows, const char* op, Parameters* owners) {
+  const int64_t C = x.size(x.dim() - 1), B = x.size(0);
+  BranchArgs branch{};
+  branch.gamma = as_float(gamma, C, op, "gamma", &owners->gamma);
+  branch.row_scale = as_float(row_scale, B, op, "row_scale", &owners->row_scale);
+  branch.rows_per_sample = B == 0 ? 1 : std::max<int64_t>(1, rows / B);
+  if (dropout_p > 0.0) {
+    VK_CHECK(seed.has_value(), op, "seed must be given when dropout_p > 0");
+    branch.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+    branch.threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 4294967296.0));
+    branch.dropout_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
+  }
+  return branch;
+}
+
+void check_same_shape(const Tensor& a, const Tensor& b, const char* op, const char* name) {
+  VK_CHECK(shape_of(a) == shape_of(b), op, name, " must have the shape of the other activations");
+}
+
+std::vector<int64_t> rows_shape(const Tensor& x) {
+  std::vector<int64_t> shape = shape_of(x);
+  shape.pop_back();
+  return shape;
+}
+
+void run_forward(const NormForwardArgs& args, int64_t rows,
+                 void (*kernel)(const NormForwardArgs&, int64_t, int64_t)) {
+  const int64_t grain = std::max<int64_t>(1, kForwardGrain / args.C);
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+// Runs the backward over fixed chunks of rows, each with its own sums, then adds the chunks up in order. `outputs` are
+// dweight, dbias and dgamma; absent ones are skipped.
+void run_backward(NormBackwardArgs args, int64_t rows, const Tensor& like, const OptTensor (&outputs)[3],
+                  const char* op) {
+  const int64_t C = args.C;
+  const int64_t chunk = std::max(kChunkRows, (rows + kMaxChunks - 1) / kMaxChunks);
+  const int64_t chunks = (rows + chunk - 1) / chunk;
+  const Tensor partials = empty_like_shape(like, {3, chunks, C}, ScalarType::Float);
+  float* base = static_cast<float*>(partials.mutable_data_ptr());
+  const auto slot = [&](int which, int64_t i) -> float* {
+    return outputs[which].has_value() ? base + (which * chunks + i) * C : nullptr;
+  };
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      NormBackwardArgs mine = args;
+      float** const sums[3] = {&mine.dweight, &mine.dbias, &mine.dgamma};
+      for (int which = 0; which < 3; ++which) {
+        *sums[which] = slot(which, i);
+        if (*sums[which] != nullptr) std::fill_n(*sums[which], C, 0.0f);
+      }
+      kernels().backward(mine, i * chunk, std::min(rows, (i + 1) * chunk));
+    }
+  });
+  for (int which = 0; which < 3; ++which) {
+    if (!outputs[which].has_value()) continue;
+    kernels().sum_partials(base + which * chunks * C, chunks, C, output(*outputs[which], C, op), 0, C);
+  }
+}
+
+std::tuple<Tensor, OptTensor, Tensor, Tensor> add_layer_norm_fwd(
+    Tensor x, OptTensor residual, OptTensor weight, OptTensor bias, OptTensor gamma, OptTensor row_scale,
+    OptTensor seed, double dropout_p, double eps, ScalarType out_dtype) {
+  const char* op = "add_layer_norm_fwd";
+  const Rows x_rows = as_rows(x, op, "x");
+  const int64_t C = x.size(x.dim() - 1);
+  Parameters owners;
+  NormForwardArgs args{};
+  Tensor y = empty_like_shape(x, shape_of(x), out_dtype);
+  Tensor mean = empty_like_shape(x, rows_shape(x), ScalarType::Float);
+  Tensor rstd = empty_like_shape(x, rows_shape(x), ScalarType::Float);
+  OptTensor z;
+  std::optional<Rows> residual_rows;
+  if (residual.has_value()) {
+    check_same_shape(x, *residual, op, "residual");
+    residual_rows = as_rows(*residual, op, "residual");
+    z = empty_like_shape(x, shape_of(x), residual->scalar_type());
+    args.residual = arg(*residual_rows);
+    args.z = output(*z, C, op);
+  }
+  args.x = arg(x_rows);
+  args.y = output(y, C, op);
+  args.weight = as_float(weight, C, op, "weight", &owners.weight);
+  args.bias = as_float(bias, C, op, "bias", &owners.bias);
+  args.mean = static_cast<float*>(mean.mutable_data_ptr());
+  args.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  args.branch = branch_args(gamma, row_scale, seed, dropout_p, x, x_rows.rows, op, &owners);
+  args.C = C;
+  args.eps = static_cast<float>(eps);
+  run_forward(args, x_rows.rows, kernels().forward);
+  return {y, z, mean, rstd};
+}
+
+std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> add_layer_norm_bwd(
+    OptTensor dy, OptTensor dnew_residual, Tensor z, Tensor mean, Tensor rstd, OptTensor x, OptTensor weight,
+    OptTensor bias, OptTensor gamma, OptTensor row_scale, OptTensor seed, double dropout_p, ScalarType x_dtype,
+    std::vector<bool> output_mask) {
+  const char* op = "add_layer_norm_bwd";
+  VK_CHECK(output_mask.size() == 5, op, "output_mask must have 5 entries, got ", output_mask.size());
+  const int64_t C = z.size(z.dim() - 1);
+  const Rows z_rows = as_rows(z, op, "z");
+  Parameters owners;
+  NormBackwardArgs args{};
+  std::optional<Rows> dy_rows, dz_rows, x_rows;
+  const auto made = [&](int i, const OptTensor& like) -> OptTensor {
+    if (!output_mask[i]) return std::nullopt;
+    VK_CHECK(like.has_value(), op, "output_mask asks for the gradient of an argument that is absent");
+    return empty_like_shape(z, shape_of(*like), like->scalar_type());
+  };
+  OptTensor dx, dresidual;
+  if (output_mask[0]) dx = empty_like_shape(z, shape_of(z), x_dtype);
+  if (output_mask[1]) dresidual = empty_like_shape(z, shape_of(z), z.scalar_type());
+  const OptTensor sums[3] = {made(2, weight), made(3, bias), made(4, gamma)};
+  if (dy.has_value()) {
+    check_same_shape(z, *dy, op, "dy");
+    dy_rows = as_rows(*dy, op, "dy");
+    args.dy = arg(*dy_rows);
+  }
+  if (dnew_residual.has_value()) {
+    check_same_shape(z, *dnew_residual, op, "dnew_residual");
+    dz_rows = as_rows(torch::stable::to(*dnew_residual, z.scalar_type()), op, "dnew_residual");
+    args.dz = arg(*dz_rows);
+  }
+  if (sums[2].has_value()) {
+    VK_CHECK(x.has_value(), op, "x must be given for the gradient of gamma");
+    x_rows = as_rows(*x, op, "x");
+    VK_CHECK(x->scalar_type() == x_dtype, op, "x must have x_dtype");
+    args.x = arg(*x_rows);
+  }
+  args.z = arg(z_rows);
+  args.dx = dx.has_value() ? output(*dx, C, op) : absent(dtype_of(x_dtype, op, "x_dtype"));
+  args.dresidual = dresidual.has_value() ? output(*dresidual, C, op) : absent();
+  args.weight = as_float(weight, C, op, "weight", &owners.weight);
+  args.mean = static_cast<const float*>(mean.const_data_ptr());
+  args.rstd = static_cast<const float*>(rstd.const_data_ptr());
+  args.branch = branch_args(gamma, row_scale, seed, dropout_p, z, z_rows.rows, op, &owners);
+  args.C = C;
+  run_backward(args, z_rows.rows, z, sums, op);
+  return {dx, dresidual, sums[0], sums[1], sums[2]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_add_fwd(Tensor x, Tensor residual, OptTensor weight, OptTensor bias,
+                                                      OptTensor row_scale, double eps) {
+  const char* op = "layer_norm_add_fwd";
+  check_same_shape(x, residual, op, "residual");
+  const int64_t C = x.size(x.dim() - 1);
+  const Rows x_rows = as_rows(x, op, "x"), residual_rows = as_rows(residual, op, "residual");
+  Parameters owners;
+  Tensor out = empty_like_shape(x, shape_of(x), residual.scalar_type());
+  Tensor mean = empty_like_shape(x, rows_shape(x), ScalarType::Float);
+  Tensor rstd = empty_like_shape(x, rows_shape(x), ScalarType::Float);
+  NormForwardArgs args{};
+  args.x = arg(x_rows);
+  args.residual = arg(residual_rows);
+  args.y = output(out, C, op);
+  args.weight = as_float(weight, C, op, "weight", &owners.weight);
+  args.bias = as_float(bias, C, op, "bias", &owners.bias);
+  args.mean = static_cast<float*>(mean.mutable_data_ptr());
+  args.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  args.branch = branch_args(std::nullopt, row_scale, std::nullopt, 0.0, x, x_rows.rows, op, &owners);
+  args.C = C;
+  args.eps = static_cast<float>(eps);
+  run_forward(args, x_rows.rows, kernels().post_forward);
+  return {out, mean, rstd};
+}
+
+std::tuple<OptTensor, OptTensor, OptTensor> layer_norm_add_bwd(Tensor dout, Tensor x, Tensor mean, Tensor rstd,
+                                                               OptTensor weight, OptTensor bias, OptTensor row_scale,
+                                                               std::vector<bool> output_mask) {
+  const char* op = "layer_norm_add_bwd";
+  VK_CHECK(output_mask.size() == 3, op, "output_mask must have 3 entries, got ", output_mask.size());
+  check_same_shape(x, dout, op, "dout");
+  const int64_t C = x.size(x.dim() - 1);
+  const Rows x_rows = as_rows(x, op, "x"), dout_rows = as_rows(dout, op, "dout");
+  Parameters owners;
+  OptTensor dx, dweight, dbias;
+  if (output_mask[0]) dx = empty_like_shape(x, shape_of(x), x.scalar_type());
+  if (output_mask[1]) dweight = empty_like_shape(*weight, shape_of(*weight), weight->scalar_type());
+  if (output_mask[2]) dbias = empty_like_shape(*bias, shape_of(*bias), bias->scalar_type());
+  NormBackwardArgs args{};
+  args.dy = arg(dout_rows);
+  args.z = arg(x_rows);
+  args.dx = dx.has_value() ? output(*dx, C, op) : absent(x_rows.dtype);
+  args.weight = as_float(weight, C, op, "weight", &owners.weight);
+  args.mean = static_cast<const float*>(mean.const_data_ptr());
+  args.rstd = static_cast<const float*>(rstd.const_data_ptr());
+  args.branch = branch_args(std::nullopt, row_scale, std::nullopt, 0.0, x, x_rows.rows, op, &owners);
+  args.dy_row_scale = args.branch.row_scale;
+  args.branch.row_scale = nullptr;  // the factor acts on dout, not on dx
+  args.C = C;
+  run_backward(args, x_rows.rows, x, {dweight, dbias, std::nullopt}, op);
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace vitkernels
+
+STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
+  using namespace vitkernels;
+  m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd));
+  m.impl("add_layer_norm_fwd.cpu", TORCH_BOX(&add_layer_norm_fwd));
+  m.impl("add_layer_norm_bwd", TORCH_BOX(&add_layer_norm_bwd));
+  m.impl("add_layer_norm_bwd.cpu", TORCH_BOX(&add_layer_norm_bwd));
+  m.impl("layer_norm_add_fwd", TORCH_BOX(&layer_norm_add_fwd));
+  m.impl("layer_norm_add_fwd.cpu", TORCH_BOX(&layer_norm_add_fwd));
+  m.impl("layer_norm_add_bwd", TORCH_BOX(&layer_norm_add_bwd));
+  m.impl("layer_norm_add_bwd.cpu", TORCH_BOX(&layer_norm_add_bwd));
+}
