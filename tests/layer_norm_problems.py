@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
 from problems import Problem, lowest_precision
-from vitkernels.ops.add_layer_norm import reference
+
 from vitkernels.ops._random import keep_mask
+from vitkernels.ops.add_layer_norm import reference
 
 
 def layer_norm_problem(
@@ -74,7 +74,10 @@ def layer_norm_add_problem(
         "weight": make.parameter(param_dtype, 1.0) if "weight" in affine else None,
         "bias": make.parameter(param_dtype) if "bias" in affine else None,
     }
-    options = {"eps": eps, "row_scale": make.row_scale(keep_prob) if row_scale else None}
+    options = {
+        "eps": eps,
+        "row_scale": make.row_scale(keep_prob) if row_scale else None,
+    }
     return Problem(
         "layer_norm_add",
         inputs,

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-
 from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
 from problems import DTYPE_IDS, check
+
 from vitkernels.testing import available_for
 
 BACKENDS = available_for("add_layer_norm")
@@ -73,7 +73,11 @@ MIXED = {
 def test_mixed_dtypes(backend, name):
     dtype, residual, params, out = MIXED[name]
     problem = layer_norm_problem(
-        shape_for(backend, 384), dtype, residual_dtype=residual, param_dtype=params, out_dtype=out
+        shape_for(backend, 384),
+        dtype,
+        residual_dtype=residual,
+        param_dtype=params,
+        out_dtype=out,
     )
     check(problem, backend, shape_class=f"C384 {name}")
 
@@ -89,7 +93,7 @@ def test_layer_norm_add_mixed_dtypes(backend, name):
 
 
 OPTIONS = [
-    dict(residual=residual, gamma=gamma, row_scale=row_scale, dropout_p=dropout_p)
+    {"residual": residual, "gamma": gamma, "row_scale": row_scale, "dropout_p": dropout_p}
     for residual, gamma, row_scale, dropout_p in itertools.product(
         (True, False), (True, False), (True, False), (0.0, 0.2)
     )
@@ -121,7 +125,11 @@ def test_without_weight_or_bias(backend, affine):
 @each_backend
 def test_eps(backend, eps):
     for problem in (layer_norm_problem, layer_norm_add_problem):
-        check(problem(shape_for(backend, 96), eps=eps), backend, shape_class=f"C96 eps {eps}")
+        check(
+            problem(shape_for(backend, 96), eps=eps),
+            backend,
+            shape_class=f"C96 eps {eps}",
+        )
 
 
 @each_backend

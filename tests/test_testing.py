@@ -117,7 +117,8 @@ def test_grads_of_keeps_strides_and_marks_what_is_missing():
     x = in_layout(torch.randn(3, 4), "transposed")
     strides = []
     (out,), (dx, none, unused) = testing.grads_of(
-        lambda a, flag, b: strides.append(a.stride()) or a * 2, (x, True, torch.randn(2))
+        lambda a, flag, b: strides.append(a.stride()) or a * 2,
+        (x, True, torch.randn(2)),
     )
     assert strides == [x.stride()] and torch.equal(out, 2 * x)
     assert torch.equal(dx, torch.full((3, 4), 2.0)) and none is None and unused is None
