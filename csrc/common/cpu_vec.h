@@ -8,7 +8,11 @@
 #include <cstring>
 
 #if defined(__AVX2__)
+#pragma GCC diagnostic push  // GCC 12 calls its own _mm512_undefined_ps() uninitialized
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #include "common/dtype.h"
@@ -171,6 +175,21 @@ VK_INLINE Vec load_n(const float* p, int n) {
 VK_INLINE void store_n(float* p, Vec v, int n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
 }
+VK_INLINE Vec load_n(const BF16* p, int n) {
+  const __m256i h = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+  return reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+VK_INLINE Vec load_n(const F16* p, int n) {
+  return reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p)));
+}
+template <class T>
+VK_INLINE void store_n_16bit(T* p, Vec v, int n) {
+  __m256i h;
+  store(reinterpret_cast<T*>(&h), v);
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), h);
+}
+VK_INLINE void store_n(BF16* p, Vec v, int n) { store_n_16bit(p, v, n); }
+VK_INLINE void store_n(F16* p, Vec v, int n) { store_n_16bit(p, v, n); }
 #endif
 
 // Calls body(c, n) over [0, C): full vectors with n = kVec, then once with the rest. The body is inlined twice, so that

@@ -1,0 +1,356 @@
+// Backward of CPU attention. A work item is one head (or the heads that add to one slice of dbias); inside it, blocks of keys
+// (outer) and blocks of queries (inner):
+//   S = Q K^T, P = 2^(log2 e (scale S + bias - lse)), dP = dO V^T, dS = P (dP - delta), delta = rowsum(dO O)
+//   dV += P^T dO, dK += dS^T Q, dQ += dS K, in fp32; each gradient is rounded once.
+// P^T and dS^T are never transposed: their products broadcast A down its columns. With bf16 pairs two query rows are stored
+// interleaved, [query pair][key][2], which is what those products read. Up to 288 keys are one block of keys; its rows are
+// whole, so P is normalised by its own sum and delta is rowsum(P dP): better than the rounded lse and out.
+#pragma once
+
+#include "attention/attention_cpu_rows.h"
+
+namespace vitkernels {
+namespace {
+
+constexpr int64_t kBackwardQueries = 48;  // even: query pairs do not straddle blocks
+constexpr int64_t kBackwardKeys = 288;
+
+inline int64_t key_blocks(const AttentionArgs& a) { return ceil_div(a.Nk, kBackwardKeys); }
+
+// Keys per block: even blocks of whole vectors, the last one with the rest.
+inline int64_t key_block(const AttentionArgs& a) { return round_up(ceil_div(a.Nk, key_blocks(a)), 16); }
+
+template <class Unit>
+struct BackwardScratch {
+  Unit *keys_t, *values_t, *keys, *queries, *douts;    // packed B operands
+  Unit *query_rows, *dout_rows;                        // A operands that need widening
+  Unit *p_columns, *ds_columns, *ds_rows;              // A operands made here
+  float *scores, *dprobs, *dkeys, *dvalues, *dqueries;  // fp32
+  float *delta, *lse, *factors, *terms, *dbias;
+  int64_t score_stride, ds_stride, d_stride, bytes;
+
+  BackwardScratch(const AttentionArgs& a, void* memory) {
+    const int64_t rows = kBackwardQueries, n = key_block(a), K = units_of<Unit>(a.D);
+    const int64_t NK = units_of<Unit>(n), NQ = units_of<Unit>(a.Nq);
+    char* p = static_cast<char*>(memory);
+    const auto take = [&p](int64_t count) {
+      char* taken = p;
+      p += round_up(count * 4, 64);
+      return taken;
+    };
+    const auto take_units = [&](int64_t count) { return reinterpret_cast<Unit*>(take(count)); };
+    const auto take_floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count)); };
+    score_stride = round_up(n, kVec);
+    ds_stride = round_up(NK, kVec);
+    d_stride = round_up(a.D, kVec);
+    keys_t = take_units(packed_units(K, n));
+    values_t = take_units(packed_units(K, n));
+    keys = take_units(packed_units(NK, a.D));
+    queries = take_units(packed_units(NQ, a.D));
+    douts = take_units(packed_units(NQ, a.D));
+    query_rows = take_units(rows * round_up(K, kVec));
+    dout_rows = take_units(rows * round_up(K, kVec));
+    scores = take_floats(rows * score_stride);
+    dprobs = take_floats(rows * score_stride);
+    if constexpr (kElements<Unit> == 2) {
+      p_columns = take_units(rows / 2 * score_stride);
+      ds_columns = take_units(rows / 2 * score_stride);
+      ds_rows = take_units(rows * ds_stride);
+    } else {  // P and dS in fp32 overwrite the scores and dP
+      p_columns = reinterpret_cast<Unit*>(scores);
+      ds_columns = ds_rows = reinterpret_cast<Unit*>(dprobs);
+    }
+    dkeys = take_floats(n * d_stride);
+    dvalues = take_floats(n * d_stride);
+    dqueries = take_floats((key_blocks(a) > 1 ? a.Nq : rows) * d_stride);
+    delta = take_floats(a.Nq);
+    lse = take_floats(a.Nq);
+    factors = take_floats(a.dropout ? 2 * score_stride : 0);
+    terms = take_floats(ScoreTerms::scratch_floats(n));
+    dbias = take_floats(a.dbias != nullptr && a.chunks == 1 ? a.dbias_rows * a.dbias_columns : 0);
+    bytes = p - static_cast<char*>(memory);
+  }
+};
+
+// One row of scores and dP, turned into P and dS vector by vector.
+struct GradRow {
+  const float *scores, *dprobs, *factors;  // factors: dropout, or null
+  float scale, shift, shift_low, delta;    // p = 2^(s * scale - shift - shift_low): lse in log2 units, in two floats
+
+  VK_INLINE Vec probability(int64_t j) const {
+    return exp2(fma(load(scores + j), splat(scale), splat(-shift)) - splat(shift_low));
+  }
+  VK_INLINE Vec dprob(int64_t j) const {
+    const Vec dp = load(dprobs + j);
+    return factors == nullptr ? dp : dp * load(factors + j);
+  }
+  VK_INLINE void at(int64_t j, Vec& p, Vec& ds) const {
+    p = probability(j);
+    ds = p * (dprob(j) - splat(delta));
+    if (factors != nullptr) p = p * load(factors + j);
+  }
+};
+
+// The same for a whole row whose scores have become unnormalised probabilities.
+struct WholeRow {
+  const float *probs, *dprobs, *factors;
+  float inverse, delta;
+
+  WholeRow() = default;
+  WholeRow(const GradRow& row, int64_t n, float* probs_out) : probs(probs_out), dprobs(row.dprobs), factors(row.factors) {
+    Vec sum = {}, dot = {};
+    for (int64_t j = 0; j < n; j += kVec) {
+      const Vec p = row.probability(j);
+      sum = sum + p;
+      dot = fma(p, row.dprob(j), dot);
+      store(probs_out + j, p);
+    }
+    const float total = lane_sum(sum);
+    inverse = total == 0.0f ? 0.0f : 1.0f / total;  // 0: a masked row
+    delta = lane_sum(dot) * inverse;
+  }
+
+  VK_INLINE void at(int64_t j, Vec& p, Vec& ds) const {
+    p = load(probs + j) * splat(inverse);
+    Vec dp = load(dprobs + j);
+    if (factors != nullptr) dp = dp * load(factors + j);
+    ds = p * (dp - splat(delta));
+    if (factors != nullptr) p = p * load(factors + j);
+  }
+};
+
+// A row whose P and dS are made already.
+struct StoredRow {
+  const float *probs, *dscores;
+
+  VK_INLINE void at(int64_t j, Vec& p, Vec& ds) const {
+    p = load(probs + j);
+    ds = load(dscores + j);
+  }
+};
+
+template <class Row>
+void grad_row(const Row& row, int64_t n, float* p_out, float* ds_out) {
+  for (int64_t j = 0; j < n; j += kVec) {
+    Vec p, ds;
+    row.at(j, p, ds);
+    store(p_out + j, p);
+    store(ds_out + j, ds);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// Two query rows to bf16: [key][2] interleaved for the products over queries, and dS row by row for the product over keys.
+template <class Row>
+void round_row_pair(const Row& even, const Row& odd, bool has_odd, int64_t n, Bf16Pair* p_columns, Bf16Pair* ds_columns,
+                    Bf16Pair* ds_even, Bf16Pair* ds_odd) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                              5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (int64_t j = 0; j < n; j += kVec) {
+    Vec p0, p1 = {}, ds0, ds1 = {};
+    even.at(j, p0, ds0);
+    if (has_odd) odd.at(j, p1, ds1);
+    const __m512i p = round_to_bf16(p1, p0), ds = round_to_bf16(ds1, ds0);
+    _mm512_storeu_si512(p_columns + j, _mm512_permutexvar_epi16(interleave, p));
+    _mm512_storeu_si512(ds_columns + j, _mm512_permutexvar_epi16(interleave, ds));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds_even + j / 2), _mm512_castsi512_si256(ds));
+    if (has_odd) _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds_odd + j / 2), _mm512_extracti64x4_epi64(ds, 1));
+  }
+}
+#endif
+
+// Adds one row of dS (keys [j0, j0 + n)) to its place in a slice of dbias, summing the dimensions the bias lacks.
+inline void add_dbias_row(const AttentionArgs& a, const float* ds, int64_t i, int64_t j0, int64_t n, float* slice) {
+  float* out = slice + (a.dbias_rows == 1 ? 0 : i) * a.dbias_columns;
+  if (a.dbias_columns == 1) {
+    Vec sum = {};
+    for_each_vec(n, [&](int64_t j, int m) { sum = sum + load_or(ds + j, m); });
+    out[0] += lane_sum(sum);
+  } else {
+    for_each_vec(n, [&](int64_t j, int m) { store_or(out + j0 + j, load_or(out + j0 + j, m) + load_or(ds + j, m), m); });
+  }
+}
+
+template <class T>
+float row_dot(const T* x, const T* y, int64_t D) {
+  Vec sum = {};
+  for_each_vec(D, [&](int64_t d, int n) { sum = fma(load_or(x + d, n), load_or(y + d, n), sum); });
+  return lane_sum(sum);
+}
+
+template <class T>
+struct HeadBackward {
+  using Unit = typename UnitOf<T>::type;
+  const AttentionArgs& a;
+  const BackwardScratch<Unit> s;
+  ScoreTerms terms;
+  int64_t b = 0, h = 0;
+  float* dbias = nullptr;  // fp32 slice that dS adds to, or null
+
+  HeadBackward(const AttentionArgs& args, void* memory)
+      : a(args), s(args, memory), terms(args, s.terms, key_block(args)) {}
+
+  void run(int64_t head_index) {
+    b = head_index / a.H, h = head_index % a.H;
+    const int64_t K = units_of<Unit>(a.D), NQ = units_of<Unit>(a.Nq), n_block = key_block(a);
+    const T *q = head_of<const T>(a.q, b, h), *k = head_of<const T>(a.k, b, h), *v = head_of<const T>(a.v, b, h);
+    const T *dout = head_of<const T>(a.dout, b, h), *out = head_of<const T>(a.out, b, h);
+    if (a.dk.data != nullptr) pack_rows<Unit>(q, a.q.row, a.Nq, a.D, s.queries);
+    if (a.dv.data != nullptr) pack_rows<Unit>(dout, a.dout.row, a.Nq, a.D, s.douts);
+    const bool whole_rows = key_blocks(a) == 1;  // then rows make their own delta
+    for (int64_t i = 0; i < a.Nq; ++i) {
+      s.delta[i] = whole_rows ? 0.0f : row_dot(dout + i * a.dout.row, out + i * a.out.row, a.D);
+      s.lse[i] = a.lse[head_index * a.Nq + i];
+    }
+    for (int64_t j0 = 0; j0 < a.Nk; j0 += n_block) {
+      const int64_t n = a.Nk - j0 < n_block ? a.Nk - j0 : n_block;
+      pack_transposed<Unit>(k + j0 * a.k.row, a.k.row, n, a.D, s.keys_t);
+      pack_transposed<Unit>(v + j0 * a.v.row, a.v.row, n, a.D, s.values_t);
+      if (a.dq.data != nullptr) pack_rows<Unit>(k + j0 * a.k.row, a.k.row, n, a.D, s.keys);
+      terms.begin(b, h, j0, n);
+      for (int64_t i0 = 0; i0 < a.Nq; i0 += kBackwardQueries) {
+        const int64_t rows = a.Nq - i0 < kBackwardQueries ? a.Nq - i0 : kBackwardQueries;
+        const RowUnits<Unit> qr = row_units<Unit>(q + i0 * a.q.row, a.q.row, rows, a.D, s.query_rows);
+        const RowUnits<Unit> dr = row_units<Unit>(dout + i0 * a.dout.row, a.dout.row, rows, a.D, s.dout_rows);
+        gemm<ALayout::kRowMajor>(rows, n, K, qr.data, qr.stride, s.keys_t, K, 0, s.scores, s.score_stride, false);
+        gemm<ALayout::kRowMajor>(rows, n, K, dr.data, dr.stride, s.values_t, K, 0, s.dprobs, s.score_stride, false);
+        score_gradients(i0, rows, j0, n);
+        const int64_t R = units_of<Unit>(rows), i_unit = i0 / kElements<Unit>;
+        if (a.dv.data != nullptr)
+          gemm<ALayout::kColMajor>(n, a.D, R, s.p_columns, s.score_stride, s.douts, NQ, i_unit, s.dvalues, s.d_stride, i0 > 0);
+        if (a.dk.data != nullptr)
+          gemm<ALayout::kColMajor>(n, a.D, R, s.ds_columns, s.score_stride, s.queries, NQ, i_unit, s.dkeys, s.d_stride, i0 > 0);
+        if (a.dq.data != nullptr) query_gradients(i0, rows, j0, n);
+      }
+      store_rows(a.dv, j0, n, s.dvalues, 1.0f);
+      store_rows(a.dk, j0, n, s.dkeys, a.scale);
+    }
+  }
+
+  // P and dS of a block, from scores and dP, in the form the products read.
+  void score_gradients(int64_t i0, int64_t rows, int64_t j0, int64_t n) {
+    const int64_t columns = round_up(n, kVec);
+    GradRow grads[2];
+    WholeRow whole[2];
+    for (int64_t r = 0; r < rows; ++r) {
+      GradRow& g = grads[r & 1];
+      g = grad_of(i0 + r, r, j0, n);
+      if (n == a.Nk) {
+        whole[r & 1] = WholeRow(g, columns, s.scores + r * s.score_stride);
+        finish_row(whole, i0, r, rows, j0, n);
+      } else {
+        finish_row(grads, i0, r, rows, j0, n);
+      }
+    }
+  }
+
+  // Row r of the block with its terms and masks applied.
+  GradRow grad_of(int64_t i, int64_t r, int64_t j0, int64_t n) {
+    float *scores = s.scores + r * s.score_stride, *dprobs = s.dprobs + r * s.score_stride;
+    const bool apply_terms = terms.active(), masked = s.lse[i] == -kInf;
+    if (apply_terms) {
+      terms.begin_row(i);
+      terms.apply(scores);
+    }
+    fill_tail(scores, n, -kInf);
+    if (masked || apply_terms) clear_masked(scores, dprobs, round_up(n, kVec), masked);
+    const double shift = masked ? 0.0 : static_cast<double>(s.lse[i]) * kLog2eDouble;
+    const float high = static_cast<float>(shift);
+    const float low = high - high == 0.0f ? static_cast<float>(shift - high) : 0.0f;  // 0 when lse is not finite
+    float* factors = nullptr;
+    if (a.dropout) {
+      factors = s.factors + (r & 1) * s.score_stride;
+      dropout_row(a, b * a.H + h, i, j0, n, a.keep_scale, factors);
+    }
+    return {scores, dprobs, factors, apply_terms ? kLog2e : a.scale * kLog2e, high, low, masked ? 0.0f : s.delta[i]};
+  }
+
+  template <class Row>
+  void finish_row(const Row (&grads)[2], int64_t i0, int64_t r, int64_t rows, int64_t j0, int64_t n) {
+    const int64_t columns = round_up(n, kVec);
+    float *scores = s.scores + r * s.score_stride, *dprobs = s.dprobs + r * s.score_stride;
+    if (dbias != nullptr || kElements<Unit> == 1) grad_row(grads[r & 1], columns, scores, dprobs);
+    if (dbias != nullptr) add_dbias_row(a, dprobs, i0 + r, j0, n, dbias);
+#if defined(__AVX512BF16__)
+    if constexpr (kElements<Unit> == 2) {
+      const bool odd = r % 2 == 1;
+      if (!odd && r + 1 < rows) return;  // wait for the second row of the pair
+      const int64_t even = odd ? r - 1 : r;
+      Bf16Pair *p = s.p_columns + even / 2 * s.score_stride, *ds = s.ds_columns + even / 2 * s.score_stride;
+      Bf16Pair *ds_even = s.ds_rows + even * s.ds_stride, *ds_odd = ds_even + s.ds_stride;
+      if (dbias == nullptr) {
+        round_row_pair(grads[0], grads[1], odd, columns, p, ds, ds_even, ds_odd);
+      } else {
+        const float *probs = s.scores + even * s.score_stride, *dscores = s.dprobs + even * s.score_stride;
+        round_row_pair(StoredRow{probs, dscores}, StoredRow{probs + s.score_stride, dscores + s.score_stride}, odd, columns,
+                       p, ds, ds_even, ds_odd);
+      }
+    }
+#endif
+    (void)rows;
+  }
+
+  // Masked scores become -inf and their dP 0, so that neither side can make a NaN of 0 * inf.
+  static void clear_masked(float* scores, float* dprobs, int64_t columns, bool all) {
+    const Vec none = splat(-kInf);
+    for (int64_t j = 0; j < columns; j += kVec) {
+      const Vec x = load(scores + j);
+      const IVec gone = all ? IVec{} - 1 : x == none;
+      store(scores + j, select(gone, none, x));
+      store(dprobs + j, select(gone, Vec{}, load(dprobs + j)));
+    }
+  }
+
+  void query_gradients(int64_t i0, int64_t rows, int64_t j0, int64_t n) {
+    const bool whole = key_blocks(a) == 1;
+    float* dq = s.dqueries + (whole ? 0 : i0 * s.d_stride);
+    const int64_t N = units_of<Unit>(n);
+    gemm<ALayout::kRowMajor>(rows, a.D, N, s.ds_rows, kElements<Unit> == 2 ? s.ds_stride : s.score_stride, s.keys, N, 0, dq,
+                             s.d_stride, j0 > 0);
+    if (j0 + n == a.Nk) store_rows(a.dq, i0, rows, dq, a.scale);
+  }
+
+  void store_rows(const HeadView& view, int64_t first, int64_t rows, const float* x, float factor) {
+    if (view.data == nullptr) return;
+    T* out = head_of<T>(view, b, h) + first * view.row;
+    for (int64_t r = 0; r < rows; ++r) store_row(out + r * view.row, x + r * s.d_stride, a.D, factor);
+  }
+};
+
+// dbias = the sum of `chunks` fp32 slices that lie one after the other, in order.
+inline void store_dbias(const AttentionArgs& a, int64_t slice, const float* partials, int64_t chunks) {
+  const int64_t size = a.dbias_rows * a.dbias_columns;
+  VK_SWITCH_FLOAT(a.dbias_dtype, {
+    scalar_t* out = static_cast<scalar_t*>(a.dbias) + slice * size;
+    for_each_vec(size, [&](int64_t c, int n) {
+      Vec sum = load_or(partials + c, n);
+      for (int64_t chunk = 1; chunk < chunks; ++chunk) sum = sum + load_or(partials + chunk * size + c, n);
+      store_or(out + c, sum, n);
+    });
+  });
+}
+
+template <class T>
+void backward_items(const AttentionArgs& a, int64_t begin, int64_t end, void* memory) {
+  HeadBackward<T> head(a, memory);
+  if (a.dbias == nullptr) {
+    for (int64_t item = begin; item < end; ++item) head.run(item);
+    return;
+  }
+  const int64_t size = a.dbias_rows * a.dbias_columns, slice_heads = a.sum_head ? 1 : a.H;
+  const int64_t members = (a.sum_batch ? a.B : 1) * (a.sum_head ? a.H : 1);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t slice = item / a.chunks, chunk = item % a.chunks;
+    head.dbias = a.chunks == 1 ? head.s.dbias : a.dbias_partial + item * size;
+    std::memset(head.dbias, 0, static_cast<size_t>(size) * sizeof(float));
+    for (int64_t m = chunk * members / a.chunks; m < (chunk + 1) * members / a.chunks; ++m) {
+      const int64_t b = !a.sum_batch ? slice / slice_heads : a.sum_head ? m / a.H : m;
+      const int64_t h = a.sum_head ? m % a.H : slice % slice_heads;
+      head.run(b * a.H + h);
+    }
+    if (a.chunks == 1) store_dbias(a, slice, head.dbias, 1);
+  }
+}
+
+}  // namespace
+}  // namespace vitkernels

@@ -1,0 +1,184 @@
+// What the forward and the backward of CPU attention share: exp2, the scores' additive terms and masks, row helpers.
+#pragma once
+
+#include "attention/attention_cpu.h"
+#include "common/cpu_gemm.h"
+#include "common/cpu_vec.h"
+#include "common/philox.h"
+
+namespace vitkernels {
+namespace {
+
+constexpr double kLog2eDouble = 1.44269504088896341;
+constexpr double kLn2 = 0.693147180559945309;
+constexpr float kLog2e = static_cast<float>(kLog2eDouble);
+constexpr float kInf = __builtin_inff();
+
+// 2^x within 1 ulp for x <= 127; 0 for -inf and below the normal range, NaN stays.
+VK_INLINE Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  const __m512 value = reinterpret_cast<__m512>(x);
+  const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(value, 1));  // x - floor(x)
+#else
+  const Vec low = splat(-127.0f), high = splat(127.5f), magic = splat(12582912.0f);  // 1.5 * 2^23 rounds to nearest
+  const Vec clamped = select(x < low, low, select(x > high, high, x));
+  const Vec shifted = (clamped - splat(0.5f)) + magic;
+  const Vec r = clamped - (shifted - magic);
+#endif
+  Vec p = splat(2.170225489e-4f);  // minimax on [0, 1], relative error 2e-9
+  p = fma(p, r, splat(1.243968727e-3f));
+  p = fma(p, r, splat(9.678840637e-3f));
+  p = fma(p, r, splat(5.548334122e-2f));
+  p = fma(p, r, splat(2.402298301e-1f));
+  p = fma(p, r, splat(6.931470037e-1f));
+  p = fma(p, r, splat(1.0f));
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), value));
+#else
+  const IVec exponent = as_int(shifted) - as_int(magic);
+  const Vec y = p * as_float((exponent + 127) << 23);
+  return select(x < splat(-126.0f), Vec{}, y);
+#endif
+}
+
+// The larger of two; a NaN may get lost (the softmax finds it again in the sum).
+VK_INLINE Vec max_of_numbers(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return select(a > b, a, b);
+#endif
+}
+
+VK_INLINE float lane_sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#else
+  return reduce_add(v);
+#endif
+}
+
+VK_INLINE float lane_max(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#else
+  return reduce_max(v);
+#endif
+}
+
+VK_INLINE IVec load_mask(const int32_t* p) {
+  IVec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+VK_INLINE T* head_of(const HeadView& view, int64_t b, int64_t h) {
+  return static_cast<T*>(view.data) + b * view.batch + h * view.head;
+}
+
+// dst[j] = src[j * stride] for j < n, as fp32.
+template <class T>
+void widen_row(const T* src, int64_t stride, int64_t n, float* dst) {
+  if (stride == 1) {
+    for_each_vec(n, [&](int64_t j, int m) { store_or(dst + j, load_or(src + j, m), m); });
+  } else {
+    for (int64_t j = 0; j < n; ++j) dst[j] = to_float(src[j * stride]);
+  }
+}
+
+// out[d] = T(x[d] * factor) for d < D; x is padded to whole vectors.
+template <class T>
+VK_INLINE void store_row(T* out, const float* x, int64_t D, float factor) {
+  const Vec f = splat(factor);
+  for_each_vec(D, [&](int64_t d, int n) { store_or(out + d, load(x + d) * f, n); });
+}
+
+// Bias, masks and scale of the scores of one head, for the keys [j0, j0 + n): rows of fp32 terms to add and of lanes to
+// keep, made once per head when the bias is the same for all queries, else once per query.
+struct ScoreTerms {
+  const AttentionArgs& args;
+  float* add;        // n floats, whole vectors
+  int32_t* keep;     // n lanes, 0 or -1
+  int32_t* padding;  // n lanes of the key padding mask
+  const char* bias = nullptr;
+  int64_t j0 = 0, n = 0;
+  bool has_add = false, has_keep = false;
+
+  static int64_t scratch_floats(int64_t keys) { return 3 * round_up(keys, kVec); }
+
+  ScoreTerms(const AttentionArgs& a, float* scratch, int64_t keys)
+      : args(a),
+        add(scratch),
+        keep(reinterpret_cast<int32_t*>(scratch + round_up(keys, kVec))),
+        padding(reinterpret_cast<int32_t*>(scratch + 2 * round_up(keys, kVec))) {}
+
+  // Scores need a pass of their own: something is added or masked, or the scale does not commute with the maximum.
+  bool active() const { return has_add || has_keep || !(args.scale > 0.0f && args.scale < kInf); }
+
+  void begin(int64_t b, int64_t h, int64_t first, int64_t count) {
+    j0 = first, n = count;
+    const bool has_bias = args.bias.data != nullptr;
+    has_add = has_bias && args.bias.dtype != DType::kBool;
+    has_keep = args.padding != nullptr || (has_bias && !has_add);
+    if (args.padding != nullptr) {
+      const uint8_t* row = args.padding + b * args.padding_batch + j0 * args.padding_column;
+      for (int64_t j = 0; j < n; ++j) keep[j] = padding[j] = row[j * args.padding_column] ? 0 : -1;
+    }
+    if (has_bias) {
+      bias = static_cast<const char*>(args.bias.data) + (b * args.bias.batch + h * args.bias.head) * size_of(args.bias.dtype);
+      if (args.bias.row == 0) read_bias(0);
+    }
+  }
+
+  void begin_row(int64_t i) {
+    if (bias != nullptr && args.bias.row != 0) read_bias(i);
+  }
+
+  void read_bias(int64_t i) {
+    const int64_t step = args.bias.column;
+    const char* row = bias + (i * args.bias.row + j0 * step) * size_of(args.bias.dtype);
+    if (args.bias.dtype == DType::kBool) {
+      const uint8_t* attend = reinterpret_cast<const uint8_t*>(row);
+      for (int64_t j = 0; j < n; ++j) keep[j] = attend[j * step] ? -1 : 0;
+      if (args.padding != nullptr)
+        for (int64_t j = 0; j < n; ++j) keep[j] &= padding[j];
+    } else {
+      VK_SWITCH_FLOAT(args.bias.dtype, widen_row(reinterpret_cast<const scalar_t*>(row), step, n, add));
+    }
+  }
+
+  // scores * scale + bias where kept, -inf elsewhere.
+  void apply(float* scores) const {
+    const Vec scale = splat(args.scale), masked = splat(-kInf);
+    for (int64_t j = 0; j < n; j += kVec) {
+      Vec x = load(scores + j) * scale;
+      if (has_add) x = x + load(add + j);
+      if (has_keep) x = select(load_mask(keep + j), x, masked);
+      store(scores + j, x);
+    }
+  }
+};
+
+// Lanes from n to the end of n's last vector.
+VK_INLINE void fill_tail(float* row, int64_t n, float value) {
+  for (int64_t j = n; j < round_up(n, kVec); ++j) row[j] = value;
+}
+
+// factors[j] = kept where dropout keeps the probability of key j0 + j, 0 where it drops it.
+VK_INLINE void dropout_row(const AttentionArgs& a, int64_t head, int64_t i, int64_t j0, int64_t n, float kept, float* factors) {
+  const Dropout dropout{a.seed, a.threshold, kept, true};
+  dropout_factors(dropout, static_cast<uint64_t>((head * a.Nq + i) * a.Nk + j0), n, factors);
+  fill_tail(factors, n, 0.0f);
+}
+
+#if defined(__AVX512BF16__)
+VK_INLINE __m512i round_to_bf16(Vec high, Vec low) {  // 32 bf16: low's lanes, then high's
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
+}
+#endif
+
+}  // namespace
+}  // namespace vitkernels
