@@ -58,12 +58,21 @@ class Problem:
     # Each takes the inputs in order, so that testing.grads_of can differentiate it.
 
     def ours(self, backend: str | None = None, **changes) -> Callable:
-        function = getattr(vitkernels.ops, self.op)
+        call = self.unseeded(backend)
 
-        def call(*tensors):
+        def seeded(*tensors):
             torch.manual_seed(self.seed)
-            named = dict(zip(self.inputs, tensors, strict=True))
-            return function(**named, **{**self.options, **changes}, backend=backend)
+            return call(*tensors, **changes)
+
+        return seeded
+
+    def unseeded(self, backend: str | None = None) -> Callable:
+        """For torch.compile, which cannot trace torch.manual_seed."""
+        function, names, options = getattr(vitkernels.ops, self.op), list(self.inputs), self.options
+
+        def call(*tensors, **changes):
+            named = dict(zip(names, tensors, strict=True))
+            return function(**named, **{**options, **changes}, backend=backend)
 
         return call
 

@@ -45,7 +45,10 @@ def test_specials_spread_as_in_the_reference(backend, op, where, place, value):
     problem.inputs[where][place] = value
     ours, expected = run(problem, backend), run(problem, "reference")
     names = [*problem.outputs, *(f"d{name}" for name in problem.inputs)]
+    sample_is_dropped = problem.options["row_scale"][place[0]] == 0
     for name, mine, theirs in zip(names, sum(ours, ()), sum(expected, ()), strict=True):
+        if name == "dgamma" and sample_is_dropped:
+            continue  # 0 * NaN, or skipped: both are fair
         assert not same_specials(mine, theirs, name)
 
 
@@ -78,12 +81,20 @@ def test_a_dropped_sample_is_not_read(backend, op):
 @pytest.mark.parametrize("dtype", testing.FLOATS, ids=str)
 @each_backend
 def test_constant_rows(backend, dtype):
-    """No variance: y is the bias, and the gradients stay as small as the reference's."""
-    problem = layer_norm_problem((3, 5, 96), dtype, gamma=False, row_scale=False)
-    problem.inputs["x"][1] = 0.3
-    problem.inputs["residual"][1] = 1.1
+    """No variance: y is the bias, and the gradients stay as small as eager's."""
+    problem = layer_norm_problem((3, 5, 128), dtype, gamma=False, row_scale=False)
     problem.inputs["x"][0], problem.inputs["residual"][0] = 0.0, 0.0
-    check(problem, backend, shape_class="C96 constant rows")
+    problem.inputs["x"][1], problem.inputs["residual"][1] = 0.25, 1.0
+    check(problem, backend, shape_class="C128 constant rows")
+
+
+@pytest.mark.parametrize("dtype", testing.SIXTEEN_BIT, ids=str)
+@each_backend
+def test_constant_rows_that_round(backend, dtype):
+    """The stored sum is not the sum that was normalised; the gradients must not see the gap."""
+    problem = layer_norm_problem((3, 5, 128), dtype, gamma=False, row_scale=False)
+    problem.inputs["x"][1], problem.inputs["residual"][1] = 0.3, 1.1
+    check(problem, backend, shape_class="C128 constant rows, rounded")
 
 
 @each_op

@@ -1,0 +1,53 @@
+"""One small problem of each public operator, and the calls of raw operators that it makes."""
+
+from __future__ import annotations
+
+import torch
+from attention_problems import attention_problem, packed_problem
+from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
+from problems import Problem
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitkernels.testing import available_for
+
+OPS = ("add_layer_norm", "layer_norm_add", "attention", "attention_qkvpacked")
+OPS_AND_BACKENDS = [
+    (op, backend)
+    for op in OPS
+    for backend in available_for(op, **({"D": 16} if "att" in op else {}))
+]
+KERNELS = [pair for pair in OPS_AND_BACKENDS if pair[1] != "torch"]
+
+
+def small_problem(op: str, dtype=torch.float32, *, batch=2, dropout_p=0.0) -> Problem:
+    """Every option in use; `batch` is the only size that changes."""
+    if op == "add_layer_norm":
+        problem = layer_norm_problem((batch, 5, 24), dtype, dropout_p=dropout_p)
+        problem.options["out_dtype"] = None
+    elif op == "layer_norm_add":
+        problem = layer_norm_add_problem((batch, 5, 24), dtype)
+    elif op == "attention":
+        problem = attention_problem(
+            batch, 9, 2, 16, dtype, Nk=11, bias=(1, 2, 9, 11), dropout_p=dropout_p,
+            key_padding_mask=(batch, 11),
+        )  # fmt: skip
+    else:
+        problem = packed_problem(
+            batch, 9, 2, 16, dtype, bias=(1, 2, 9, 9), dropout_p=dropout_p,
+            key_padding_mask=(batch, 9),
+        )  # fmt: skip
+    return problem
+
+
+class RawCalls(TorchDispatchMode):
+    """Records each call of a raw vitkernels operator: (overload, arguments, results)."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "vitkernels":
+            self.calls.append((func, args, result))
+        return result

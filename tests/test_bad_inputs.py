@@ -1,0 +1,197 @@
+"""Bad arguments: TypeError or ValueError that names operator, argument, expectation and what came."""
+
+import math
+
+import pytest
+import torch
+
+import vitkernels.ops
+
+B, N, C, H, D = 2, 5, 24, 2, 8
+NAN, INF = math.nan, math.inf
+
+
+def good_arguments(op):
+    shape = (B, N, C)
+    if op in ("add_layer_norm", "layer_norm_add"):
+        arguments = {
+            "x": torch.randn(shape),
+            "residual": torch.randn(shape),
+            "weight": torch.randn(C),
+            "bias": torch.randn(C),
+            "eps": 1e-6,
+            "row_scale": torch.ones(B),
+        }
+        if op == "add_layer_norm":
+            arguments |= {"gamma": torch.randn(C), "dropout_p": 0.1, "out_dtype": torch.float32}
+        return arguments
+    arguments = {name: torch.randn(B, N, H, D) for name in ("q", "k", "v")}
+    if op == "attention_qkvpacked":
+        arguments = {"qkv": torch.randn(B, N, 3 * H * D), "num_heads": H}
+    if op == "attention_weights":
+        del arguments["v"]
+        return arguments | {"bias": torch.randn(B, H, N, N), "scale": 0.5, "rows": [0, 1]}
+    return arguments | {
+        "bias": torch.randn(B, H, N, N),
+        "key_padding_mask": torch.zeros(B, N, dtype=torch.bool),
+        "scale": 0.5,
+        "dropout_p": 0.1,
+    }
+
+
+def not_a_float_tensor(good):
+    """Everything that is no dense float tensor on the device of the others, with its name."""
+    yield "str", "text"
+    yield "number", 1.0
+    yield "list", [1.0, 2.0]
+    yield "numpy", good.numpy()
+    yield "module", torch.nn.Identity()
+    for dtype in (torch.int64, torch.uint8, torch.complex64, torch.float8_e4m3fn):
+        yield str(dtype), good.to(dtype)
+    yield "sparse", good.to_sparse()
+    yield "quantized", torch.quantize_per_tensor(good, 0.1, 0, torch.qint8)
+    yield "mkldnn", good.to_mkldnn()
+    yield "other device", good.to("meta")
+
+
+def wrong_shapes(good, sizes):
+    """Other ranks, and each dimension (of `sizes`, those that are fixed) longer, shorter and empty."""
+    yield "rank + 1", good.unsqueeze(0)
+    if good.dim() > 1:
+        yield "rank - 1", good.flatten(0, 1)
+    for dim in sizes:
+        yield f"dim {dim} longer", torch.cat([good, good], dim)
+        yield f"dim {dim} shorter", good.narrow(dim, 0, good.shape[dim] - 1)
+        yield f"dim {dim} empty", good.narrow(dim, 0, 0)
+
+
+def bad_numbers(*values):
+    for value in (*values, NAN, INF, -INF, "0.5", None, True, [0.1], 1j, torch.tensor(0.1)):
+        yield str(value), value
+
+
+LAYER_NORM_TENSORS = {
+    "residual": range(3),
+    "weight": range(1),
+    "bias": range(1),
+    "row_scale": range(1),
+}
+ATTENTION_TENSORS = {"k": (0, 2, 3), "v": (0, 1, 2, 3), "key_padding_mask": range(2)}
+OPTIONAL_SCALE = [pair for pair in bad_numbers() if pair[1] is not None]
+
+
+def bad_arguments(op):
+    """(name of the argument, what is wrong with it, the bad value)."""
+    good = good_arguments(op)
+    numbers = {
+        "eps": bad_numbers(0.0, -1e-6, 0, -1),
+        "dropout_p": bad_numbers(-0.1, 1.0, 1.5, 1, -1),
+        "scale": OPTIONAL_SCALE,
+        "num_heads": [(str(v), v) for v in (0, -1, 5, 2.0, "2", None, True, NAN, [2], 10**6)],
+        "out_dtype": [(str(v), v) for v in (torch.int32, torch.complex64, "bf16", 16, float)],
+        "rows": [(str(v), v) for v in (N, -N - 1, 1.0, "0", [0, N], [0.5], [True], {"a": 1})],
+        "backend": [(str(v), v) for v in ("", "gpu", "CPU", 3, torch.float32)],
+    }
+    for name in (*good, "backend"):
+        if name in numbers:
+            yield from ((name, what, value) for what, value in numbers[name])
+            continue
+        first = name in ("x", "q", "qkv")
+        for what, value in not_a_float_tensor(good[name].float()):
+            if (name, what) == ("key_padding_mask", "other device"):
+                value = value.bool()
+            if not (first and what == "other device"):  # meta tensors alone are fine: shapes only
+                yield name, what, value
+        fixed = (LAYER_NORM_TENSORS if "x" in good else ATTENTION_TENSORS).get(name)
+        if fixed is not None:
+            yield from ((name, what, value) for what, value in wrong_shapes(good[name], fixed))
+    yield from special_cases(op, good)
+
+
+def special_cases(op, good):
+    if op in ("add_layer_norm", "layer_norm_add"):
+        yield "x", "None", None
+        yield "x", "no dimension", torch.tensor(1.0)
+        yield "x", "C = 0", torch.randn(B, N, 0)
+        yield "x", "one dimension with row_scale", torch.randn(C)
+        yield "row_scale", "requires_grad", torch.ones(B, requires_grad=True)
+        yield "weight", "a matrix", torch.randn(C, 1)
+        yield "weight", "one number", torch.randn(1)
+        yield "residual", "None beside options" if op == "add_layer_norm" else "None", None
+        return
+    first = "qkv" if op == "attention_qkvpacked" else "q"
+    yield first, "None", None
+    yield first, "no dimension", torch.tensor(1.0)
+    yield first, "rank + 1", good[first].unsqueeze(0)
+    yield first, "rank - 1", good[first][0]
+    yield first, "no tokens", good[first][:, :0]
+    yield "bias", "5 dimensions", good["bias"].unsqueeze(0)
+    for dim in range(4):
+        yield (
+            "bias",
+            f"dim {dim} longer",
+            torch.cat([good["bias"], good["bias"][:1]], 0).transpose(0, dim),
+        )
+    yield "bias", "float64", good["bias"].double()
+    if op == "attention_qkvpacked":
+        yield "qkv", "width not 3 * H * D", torch.randn(B, N, 3 * H * D + 1)
+        yield "qkv", "width 0", torch.randn(B, N, 0)
+        return
+    yield "k", "None", None
+    yield "k", "another dtype", good["k"].bfloat16()
+    yield "k", "no tokens", good["k"][:, :0]
+    if op == "attention":
+        yield "v", "None", None
+        yield "v", "another dtype", good["v"].half()
+
+
+PUBLIC_OPS = (
+    "add_layer_norm",
+    "layer_norm_add",
+    "attention",
+    "attention_qkvpacked",
+    "attention_weights",
+)
+CASES = [
+    pytest.param(op, name, value, id=f"{op}-{name}-{what}")
+    for op in PUBLIC_OPS
+    for name, what, value in bad_arguments(op)
+    if not (op == "attention_weights" and name == "backend")
+]
+
+
+@pytest.mark.parametrize(("op", "name", "value"), CASES)
+def test_the_error_names_everything(op, name, value):
+    arguments = good_arguments(op) | {name: value}
+    with pytest.raises((TypeError, ValueError)) as caught:
+        getattr(vitkernels.ops, op)(**arguments)
+    message = str(caught.value)
+    assert message.startswith(f"{op}: ") and name in message, message
+    assert "must be" in message and "got" in message, message
+
+
+def test_sixty_bad_inputs_of_each_operator():
+    counts = {op: sum(case.values[0] == op for case in CASES) for op in PUBLIC_OPS}
+    assert min(counts[op] for op in PUBLIC_OPS[:4]) >= 60, counts
+
+
+@pytest.mark.parametrize("op", PUBLIC_OPS)
+def test_the_good_arguments_are_good(op):
+    getattr(vitkernels.ops, op)(**good_arguments(op))
+
+
+@pytest.mark.parametrize("op", PUBLIC_OPS[:4])
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
+def test_a_refusing_backend_says_what_the_others_do(op, dtype):
+    """An explicit request never falls back."""
+    arguments = {
+        name: value.to(dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for name, value in good_arguments(op).items()
+    }
+    with pytest.raises(
+        ValueError, match=f"{op}: backend='triton' cannot serve .* Others - "
+    ) as caught:
+        getattr(vitkernels.ops, op)(**arguments, backend="triton")
+    assert "reference: can serve it" in str(caught.value)

@@ -1,0 +1,212 @@
+"""FusedViT gives timm's numbers: logits and every gradient, in evaluation and in training mode."""
+
+import copy
+
+import pytest
+import torch
+from vit_pairs import CONFIGS, images, logits_and_grads, needs_timm, pair, relative_errors, timm_vit
+
+from vitkernels import FusedViT, use_backend
+from vitkernels.testing import cases
+
+pytestmark = pytest.mark.skipif(**needs_timm)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_float64_reference_equals_timm(name):
+    theirs, ours = (model.double() for model in pair(name))
+    x = images(name).double()
+    truth = logits_and_grads(theirs, x)
+    with use_backend("reference"):
+        got = logits_and_grads(ours, x)
+    assert got.keys() == truth.keys()
+    errors = relative_errors(got, truth)
+    assert max(errors.values()) < 1e-9, sorted(errors.items(), key=lambda e: -e[1])[:3]
+    cases.record("FusedViT", "reference", torch.float64, name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_fp32_error_is_that_of_timm(name, backend):
+    theirs, ours = pair(name)
+    x = images(name)
+    truth = logits_and_grads(copy.deepcopy(theirs).double(), x.double())
+    base = relative_errors(logits_and_grads(theirs, x), truth)
+    with use_backend(backend):
+        errors = relative_errors(logits_and_grads(ours, x), truth)
+    for key, error in errors.items():
+        assert error <= max(2 * base[key], 1e-6), f"{key}: ours {error:.3g}, timm's {base[key]:.3g}"
+    cases.record("FusedViT", backend, torch.float32, name)
+
+
+@pytest.mark.parametrize("name", ["class_token", "registers_layer_scale", "average_pool"])
+@pytest.mark.parametrize("how", ["bfloat16", "autocast", "mixed"])
+def test_bf16_error_is_that_of_timm(name, how):
+    """bfloat16: everything; autocast: fp32 parameters; mixed: bf16 Linears beside fp32 norms."""
+    theirs, ours = pair(name)
+    x = images(name, batch=4)
+    truth = logits_and_grads(copy.deepcopy(theirs).double(), x.double())
+    if how == "bfloat16":
+        theirs, ours, x = theirs.bfloat16(), ours.bfloat16(), x.bfloat16()
+    if how == "mixed":
+        for module in ours.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=how != "bfloat16"):
+        got = logits_and_grads(ours, x)
+        base = logits_and_grads(theirs, x)
+    assert got["logits"].dtype == base["logits"].dtype
+    errors, base = relative_errors(got, truth), relative_errors(base, truth)
+    for key in errors:
+        assert errors[key] <= max(1.5 * base[key], 2e-3), f"{key}: {errors[key]}, {base[key]}"
+    cases.record("FusedViT", "auto", torch.bfloat16, name, how)
+
+
+RANDOM = {
+    "drop_path": {"drop_path_rate": 0.4, "init_values": 0.5},
+    "drop_path_everywhere": {"drop_path_rate": 0.9},
+    "dropouts": {"drop_rate": 0.2, "pos_drop_rate": 0.1, "proj_drop_rate": 0.3},
+    "patch_dropout": {"patch_drop_rate": 0.4, "reg_tokens": 2, "drop_path_rate": 0.2},
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_mode_draws_as_timm_does(name, checkpointing):
+    theirs, ours = (model.train() for model in pair(**RANDOM[name]))
+    x = images(batch=6)
+    results = []
+    for model in (theirs, ours):
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(11)
+        results.append(logits_and_grads(model, x))
+    base, got = results
+    errors = relative_errors(got, base)
+    assert max(errors.values()) < 5e-5, sorted(errors.items(), key=lambda e: -e[1])[:3]
+    torch.manual_seed(12)
+    assert not torch.equal(ours(x), got["logits"]), "another seed drops something else"
+
+
+def test_autocast_dtypes_are_those_of_timm():
+    theirs, ours = pair("registers_layer_scale")
+    x = images()
+    with torch.autocast("cpu", torch.bfloat16):
+        for method in ("forward_features", "forward"):
+            expected, got = getattr(theirs, method)(x), getattr(ours, method)(x)
+            assert got.dtype == expected.dtype
+        _, expected = theirs.forward_intermediates(x, norm=True)
+        _, got = ours.forward_intermediates(x, norm=True)
+        assert [t.dtype for t in got] == [t.dtype for t in expected]
+
+
+@pytest.mark.parametrize("scheme", ["", "jax", "jax_nlhb", "moco", "reset"])
+def test_initial_weights_are_those_of_timm(scheme):
+    from timm.models.vision_transformer import VisionTransformer
+
+    models = []
+    for cls in (VisionTransformer, FusedViT):
+        torch.manual_seed(5)
+        model = cls(
+            img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=7,
+            reg_tokens=2, init_values=0.1, qk_norm=True, weight_init=scheme, fix_init=True,
+        )  # fmt: skip
+        if scheme == "reset":  # pos_embed comes first: what follows draws the same
+            model.init_weights()
+        models.append(model.state_dict())
+    expected, got = models
+    assert list(got) == list(expected)
+    different = [key for key in got if not torch.equal(got[key], expected[key])]
+    assert not different
+
+
+@pytest.mark.parametrize("attn_mask", ["bool", "float", "causal"])
+def test_attention_masks(attn_mask):
+    theirs, ours = pair()
+    x, N = images(), 17
+    options = {
+        "bool": {"attn_mask": torch.rand(N, N) > 0.3},
+        "float": {"attn_mask": torch.randn(2, 1, N, N)},
+        "causal": {"is_causal": True},
+    }[attn_mask]
+    if attn_mask == "bool":
+        options["attn_mask"].fill_diagonal_(True)
+    error = relative_errors({"y": ours(x, **options)}, {"y": theirs(x, **options)})["y"]
+    assert error < 2e-6
+
+
+def test_fifty_training_steps_follow_the_same_loss_curve():
+    theirs, ours = (model.train() for model in pair(drop_path_rate=0.1, init_values=0.5))
+    x, target = images(batch=8), torch.randint(0, 10, (8,))
+    curves = []
+    for model in (theirs, ours):
+        torch.manual_seed(3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses = []
+        for _ in range(50):
+            loss = torch.nn.functional.cross_entropy(model(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(torch.tensor(losses))
+    assert curves[0][-1] < 0.5 * curves[0][0]
+    assert (curves[0] - curves[1]).abs().max() < 1e-3
+
+
+# --- from_timm --------------------------------------------------------------------------------------------
+
+
+def test_from_timm_copies_and_leaves_the_source_alone():
+    theirs = timm_vit("registers_layer_scale", drop_path_rate=0.2).bfloat16().train()
+    theirs.cls_token.requires_grad_(False)
+    theirs.blocks[1].eval()
+    before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    ours = FusedViT.from_timm(theirs)
+    assert ours.training and not ours.blocks[1].attn.training and ours.blocks[2].training
+    assert [b.drop_path2.drop_prob for b in ours.blocks] == pytest.approx([0.0, 0.1, 0.2])
+    for (name, mine), (_, other) in zip(
+        ours.named_parameters(), theirs.named_parameters(), strict=True
+    ):
+        assert torch.equal(mine, other) and mine.data_ptr() != other.data_ptr(), name
+        assert mine.dtype == torch.bfloat16 and mine.requires_grad == other.requires_grad
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(before[name], t) for name, t in theirs.state_dict().items())
+
+
+def test_from_timm_by_name_and_strict_loading():
+    ours = FusedViT.from_timm("vit_tiny_patch16_224", num_classes=5, img_size=64)
+    assert ours.head.out_features == 5 and ours.patch_embed.grid_size == (4, 4)
+    other = FusedViT.named("vit_tiny_patch16_64", num_classes=5)
+    other.load_state_dict(ours.to_timm_state_dict(), strict=True)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(other.eval()(x), ours.eval()(x))
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        ({"global_pool": "map"}, "attention pooling"),
+        ({"attn_layer": "diff", "embed_dim": 64, "num_heads": 4}, "DiffAttention"),
+        ({"block_fn": "ResPostBlock"}, "ResPostBlock"),
+        ({"norm_layer": "rmsnorm"}, "RmsNorm"),
+        ({"mlp_layer": "SwiGLU"}, "SwiGLU"),
+    ],
+)
+def test_from_timm_names_what_it_does_not_support(make, sentence):
+    import timm.layers
+    from timm.models import vision_transformer
+
+    for key in ("block_fn", "mlp_layer"):
+        if key in make:
+            make = {key: getattr(vision_transformer, make[key], None) or timm.layers.SwiGLU}
+    with pytest.raises(ValueError, match=f"from_timm: .*{sentence}.* not supported"):
+        FusedViT.from_timm(timm_vit(**make))
+
+
+def test_from_timm_refuses_other_models():
+    with pytest.raises(ValueError, match="from_timm: the model Linear is not supported"):
+        FusedViT.from_timm(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="need a model name"):
+        FusedViT.from_timm(timm_vit(), pretrained=True)

@@ -1,0 +1,406 @@
+"""What people do with a FusedViT besides calling it: hooks, checkpointing, compiling, copying, pictures."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from vit_pairs import images, logits_and_grads, needs_timm, pair, relative_errors
+
+from vitkernels import FusedViT
+from vitkernels.models import attention_rollout
+from vitkernels.nn import Block, LayerNorm, LayerScale, Pending
+
+pytestmark = pytest.mark.skipif(**needs_timm)
+ROUNDING = 5e-6
+
+
+def same(got: dict, expected: dict, limit=ROUNDING) -> None:
+    assert got.keys() == expected.keys()
+    errors = relative_errors(got, expected)
+    assert max(errors.values()) <= limit, sorted(errors.items(), key=lambda e: -e[1])[:3]
+
+
+# --- Pending and hooks ------------------------------------------------------------------------------------
+
+
+def spy(monkeypatch) -> list[type]:
+    """The types that enter the blocks."""
+    seen = []
+    forward = Block.forward
+
+    def watched(self, x, *args, **kwargs):
+        seen.append(type(x))
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(Block, "forward", watched)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["registers_layer_scale", "average_pool", "no_final_norm"])
+def test_chained_blocks_equal_separate_ones(name, monkeypatch):
+    _, ours = pair(name, drop_path_rate=0.3)
+    ours.train()
+    x, seen = images(name, batch=4), spy(monkeypatch)
+    torch.manual_seed(2)
+    chained = logits_and_grads(ours, x)
+    assert seen == [Pending] * 3
+    ours.blocks[0].register_forward_hook(lambda *_: None)
+    torch.manual_seed(2)
+    separate = logits_and_grads(ours, x)
+    assert seen[3:] == [torch.Tensor] * 3
+    same(chained, separate)
+
+
+def test_pending_in_pending_out():
+    block = Block(48, 3, init_values=0.5).eval()
+    x = torch.randn(2, 5, 48)
+    out = block(Pending(x))
+    assert isinstance(out, Pending) and out.gamma is not block.ls2.gamma
+    assert torch.allclose(out.stream + out.gamma * out.branch, block(x), atol=1e-6)
+    assert torch.utils._pytree.tree_map(lambda t: t, out) is not None
+
+
+HOOKS = {
+    "forward": lambda module, log: module.register_forward_hook(
+        lambda m, args, out: log.append((args[0], out))
+    ),
+    "pre": lambda module, log: module.register_forward_pre_hook(
+        lambda m, args: log.append((args[0],))
+    ),
+    "backward": lambda module, log: module.register_full_backward_hook(
+        lambda m, grad_in, grad_out: log.append((*grad_in, *grad_out))
+    ),
+    "backward_pre": lambda module, log: module.register_full_backward_pre_hook(
+        lambda m, grad_out: log.append(grad_out)
+    ),
+}
+PLACES = [
+    "blocks", "blocks.0", "blocks.2", "blocks.1.norm1", "blocks.1.attn", "blocks.1.ls1",
+    "blocks.1.drop_path1", "blocks.1.norm2", "blocks.1.mlp", "blocks.1.ls2", "blocks.2.drop_path2",
+    "norm", "head",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("place", PLACES)
+def test_hooks_see_the_tensors_that_timm_passes(kind, place):
+    theirs, ours = pair("registers_layer_scale", drop_path_rate=0.5)
+    x = images()
+    logs = []
+    for model in (theirs, ours):
+        torch.manual_seed(4)
+        log = []
+        HOOKS[kind](model.get_submodule(place), log)
+        logits_and_grads(model.train(), x)
+        logs.append(log)
+    expected, got = logs
+    assert len(got) == len(expected) == 1
+    assert all(isinstance(t, torch.Tensor) for t in got[0])
+    for i, (a, b) in enumerate(zip(got[0], expected[0], strict=True)):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        same({f"{i}": a.detach()}, {f"{i}": b.detach()}, 2e-5)
+
+
+def test_hooks_may_change_what_passes():
+    theirs, ours = pair()
+    x = images()
+    for model in (theirs, ours):
+        model.blocks[1].register_forward_hook(lambda m, args, out: out * 0.5)
+        model.blocks[2].norm2.register_forward_hook(lambda m, args, out: out + 1)
+    same(logits_and_grads(ours, x), logits_and_grads(theirs, x), 2e-5)
+
+
+def test_global_hooks_see_tensors():
+    _, ours = pair()
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda m, args, out: seen.append((type(m), type(out)))
+    )
+    try:
+        ours(images())
+    finally:
+        handle.remove()
+    assert all(out is torch.Tensor for _, out in seen)
+    assert sum(module is LayerNorm for module, _ in seen) == 7
+
+
+def test_replaced_modules_are_respected():
+    theirs, ours = pair("registers_layer_scale")
+    x = images()
+    for model in (theirs, ours):
+        model.blocks[0].norm2 = nn.Identity()
+        model.blocks[1].ls2 = nn.Identity()
+        model.norm = nn.LayerNorm(48)
+    same(logits_and_grads(ours, x), logits_and_grads(theirs, x), 2e-5)
+
+
+# --- checkpointing, compiling, copying ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["registers_layer_scale", "clip"])
+def test_gradient_checkpointing_changes_nothing(name):
+    _, ours = pair(name, drop_path_rate=0.4, attn_drop_rate=0.2, proj_drop_rate=0.1)
+    ours.train()
+    x, results = images(name, batch=4), []
+    for enabled in (False, True):
+        ours.set_grad_checkpointing(enabled)
+        torch.manual_seed(6)
+        results.append(logits_and_grads(ours, x))
+    same(results[1], results[0])
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "checkpointing", "autocast"])
+@pytest.mark.parametrize("name", ["registers_layer_scale", "qk_norm"])
+def test_compiles_as_one_graph(name, mode):
+    _, ours = pair(name, drop_path_rate=0.3, attn_drop_rate=0.1)
+    ours.train(mode in ("train", "checkpointing"))
+    ours.set_grad_checkpointing(mode == "checkpointing")
+    x = images(name, batch=3)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    results = []
+    for model in (ours, compiled):
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            got = logits_and_grads(model, x)
+        results.append({key.removeprefix("_orig_mod."): value for key, value in got.items()})
+    same(results[1], results[0], 2e-2 if mode == "autocast" else ROUNDING)
+
+
+def test_dynamic_batch_compiles_once():
+    _, ours = pair()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for batch in (2, 3, 5, 7):
+            x = images(batch=batch)
+            same({"y": compiled(x)}, {"y": ours(x)})
+    assert counter.frame_count == 1
+
+
+def test_torch_export():
+    _, ours = pair("registers_layer_scale")
+    x = images()
+    program = torch.export.export(ours, (x,))
+    same({"y": program.module()(x)}, {"y": ours(x)})
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "state_dict"])
+def test_copies(how):
+    _, ours = pair("registers_layer_scale")
+    x, buffer = images(), io.BytesIO()
+    if how == "deepcopy":
+        other = copy.deepcopy(ours)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(ours))
+    elif how == "torch.save":
+        torch.save(ours, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    else:
+        _, other = pair("registers_layer_scale")
+        assert not torch.equal(other(x), ours(x))
+        torch.save(ours.state_dict(), buffer)
+        buffer.seek(0)
+        other.load_state_dict(torch.load(buffer), strict=True)
+    assert torch.equal(other(x), ours(x))
+    with torch.no_grad():
+        next(iter(other.parameters())).add_(1)
+    assert not torch.equal(other(x), ours(x))
+
+
+def test_ours_loads_into_timm():
+    theirs, ours = pair("registers_layer_scale")
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.mul_(1.1)
+    theirs.load_state_dict(ours.to_timm_state_dict(), strict=True)
+    x = images()
+    same({"y": ours(x)}, {"y": theirs(x)})
+
+
+def test_functional_gradients():
+    _, ours = pair()
+    x = images()
+    parameters = dict(ours.named_parameters())
+
+    def loss(values):
+        return torch.func.functional_call(ours, values, (x,)).square().sum()
+
+    functional = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    same(functional, {name: p.grad for name, p in parameters.items()})
+
+
+def test_frozen_parameters_get_no_gradient():
+    _, ours = pair("registers_layer_scale")
+    for name, parameter in ours.named_parameters():
+        parameter.requires_grad_("head" in name or "ls2" in name)
+    ours(images()).sum().backward()
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad is not None) == ("head" in name or "ls2" in name)
+
+
+# --- timm's methods -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"indices": 2, "norm": True},
+        {"indices": [0, -1], "return_prefix_tokens": True},
+        {"indices": [1], "stop_early": True, "output_fmt": "NLC", "intermediates_only": True},
+        {"indices": 1, "output_dict": True, "return_prefix_tokens": True},
+        {"output_dict": True, "intermediates_only": True},
+    ],
+)
+@pytest.mark.parametrize("name", ["registers_layer_scale", "dynamic_pad", "siglip"])
+def test_forward_intermediates(name, options):
+    theirs, ours = pair(name)
+    x = images(name)
+    expected = torch.utils._pytree.tree_flatten(theirs.forward_intermediates(x, **options))
+    got = torch.utils._pytree.tree_flatten(ours.forward_intermediates(x, **options))
+    assert got[1] == expected[1]
+    for a, b in zip(got[0], expected[0], strict=True):
+        assert a.shape == b.shape
+        assert (a - b).norm() <= 2e-6 * b.norm()
+
+
+def test_intermediate_layers_and_pruning():
+    theirs, ours = pair()
+    x = images()
+    for a, b in zip(
+        ours.get_intermediate_layers(x, 2, reshape=True, norm=True),
+        theirs.get_intermediate_layers(x, 2, reshape=True, norm=True),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert ours.prune_intermediate_layers([0, 1]) == theirs.prune_intermediate_layers([0, 1])
+    assert len(ours.blocks) == 2
+    same({"y": ours(x)}, {"y": theirs(x)})
+
+
+@pytest.mark.parametrize("name", ["registers_layer_scale", "no_embed_class", "gray_not_square"])
+@pytest.mark.parametrize("size", [{"img_size": (48, 35)}, {"patch_size": (4, 7)}])
+def test_another_input_size(name, size):
+    if "patch_size" in size and name != "gray_not_square":
+        size = {"patch_size": 16}
+    elif name != "gray_not_square":
+        size = {"img_size": (48, 24)}
+    theirs, ours = pair(name)
+    theirs.set_input_size(**size)
+    ours.set_input_size(**size)
+    x = torch.randn(2, theirs.patch_embed.proj.in_channels, *ours.patch_embed.img_size)
+    same(logits_and_grads(ours, x), logits_and_grads(theirs, x), 2e-5)
+
+
+def test_classifier_and_optimizer_methods():
+    theirs, ours = pair("registers_layer_scale")
+    x = images()
+    assert ours.no_weight_decay() == theirs.no_weight_decay()
+    assert ours.group_matcher() == theirs.group_matcher()
+    assert ours.get_classifier() is ours.head
+    assert ours.feature_info == theirs.feature_info
+    pooled = ours.forward_head(ours.forward_features(x), pre_logits=True)
+    for model in (theirs, ours):
+        model.reset_classifier(0, "avg")
+    same({"y": ours(x)}, {"y": theirs(x)})
+    assert pooled.shape == ours(x).shape and isinstance(ours.head, nn.Identity)
+    ours.reset_classifier(7)
+    assert ours(x).shape == (2, 7) and ours.head.training == ours.training
+
+
+def test_timm_optimizer_groups():
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    theirs, ours = pair()
+    for make in (param_groups_weight_decay, param_groups_layer_decay):
+        expected, got = make(theirs, 0.05), make(ours, 0.05)
+        assert [len(g["params"]) for g in got] == [len(g["params"]) for g in expected]
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["registers_layer_scale", "qk_norm"])
+def test_attention_maps_reproduce_the_attention(name):
+    _, ours = pair(name)
+    x, inputs, outputs = images(name), [], []
+    for block in ours.blocks:
+        block.attn.register_forward_hook(
+            lambda m, args, out: (inputs.append(args[0]), outputs.append(out))
+        )
+    ours(x)
+    maps = ours.attention_maps(x)
+    for block, weights, inp, out in zip(ours.blocks, maps, inputs, outputs, strict=False):
+        N = inp.shape[1]
+        assert weights.shape == (2, 3, N, N)
+        v = block.attn.qkv(inp).unflatten(2, (3, 3, 16))[:, :, 2].transpose(1, 2)
+        again = block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
+        assert torch.allclose(again, out, atol=1e-5)
+    rows = ours.attention_maps(x, rows=0)
+    assert all(
+        torch.allclose(r[:, :, 0], m[:, :, 0], atol=1e-6) for r, m in zip(rows, maps, strict=True)
+    )
+    assert not any(block.attn._forward_pre_hooks for block in ours.blocks)
+
+
+def test_attention_rollout():
+    _, ours = pair()
+    maps = ours.attention_maps(images())
+    rollout = attention_rollout(maps)
+    assert torch.allclose(rollout.sum(-1), torch.ones(2, 17), atol=1e-5)
+    expected = torch.eye(17).expand(2, -1, -1)
+    for m in maps:
+        expected = (m.mean(1) + torch.eye(17)) / 2 @ expected
+    assert torch.allclose(rollout, expected, atol=1e-6)
+    with pytest.raises(ValueError, match="attention_rollout: maps must be full"):
+        attention_rollout(ours.attention_maps(images(), rows=0))
+
+
+# --- bad arguments ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ({"global_pool": "map"}, "attention pooling.*not supported"),
+        ({"global_pool": "median"}, "global_pool must be one of"),
+        ({"global_pool": "token", "class_token": False}, "needs class_token=True"),
+        ({"pos_embed": "rope"}, "pos_embed must be"),
+        ({"weight_init": "xavier"}, "weight_init must be"),
+        ({"depth": 0}, "depth must be at least 1"),
+        ({"num_heads": 5}, "dim must be a multiple of num_heads"),
+        ({"patch_drop_rate": 1.0}, "prob must be in"),
+        ({"norm_layer": "batchnorm"}, "norm_layer must be one of LayerNorm"),
+        ({"norm_layer": nn.BatchNorm1d}, "norm_layer must be one of LayerNorm"),
+        ({"act_layer": nn.ReLU}, "act_layer must be one of GELU"),
+        ({"block_fn": nn.TransformerEncoderLayer}, "block_fn must be one of Block"),
+        ({"mlp_layer": LayerScale}, "mlp_layer must be one of Mlp"),
+        ({"attn_layer": "diff"}, "attn_layer must be one of Attention"),
+        ({"embed_layer": nn.Conv2d}, "embed_layer must be one of PatchEmbed"),
+    ],
+)
+def test_bad_constructor_arguments(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        FusedViT(**{"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3, **arguments})
+    assert "\n" not in str(error.value)
+
+
+def test_bad_calls():
+    _, ours = pair()
+    with pytest.raises(AssertionError, match="image is 40x32, the model takes"):
+        ours(torch.randn(1, 3, 40, 32))
+    with pytest.raises(ValueError, match="block indices"):
+        ours.forward_intermediates(images(), indices=4)
+    with pytest.raises(ValueError, match="output_fmt"):
+        ours.forward_intermediates(images(), output_fmt="NHWC")
+    with pytest.raises(ValueError, match="needs class_token"):
+        pair("average_pool")[1].reset_classifier(3, "token")
+    with pytest.raises(ValueError, match="vit_SIZE_patchP_PIXELS"):
+        FusedViT.named("resnet50")
