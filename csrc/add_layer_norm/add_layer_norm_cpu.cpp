@@ -23,7 +23,7 @@ RowsArg output(const Tensor& t, int64_t C, const char* op) {
 
 RowsArg absent(DType dtype = DType::kF32) { return {nullptr, 0, dtype}; }
 
-// A parameter of C values as contiguous fp32; `owner` keeps a converted copy alive.
+// A parameter of C values as contiguous fp32, or null; `owner` keeps a converted copy alive.
 const float* as_float(const OptTensor& t, int64_t C, const char* op, const char* name, OptTensor* owner) {
   if (!t.has_value()) return nullptr;
   VK_CHECK(t->numel() == C, op, name, " must have ", C, " elements, got ", t->numel());
@@ -34,6 +34,16 @@ const float* as_float(const OptTensor& t, int64_t C, const char* op, const char*
 struct Parameters {
   OptTensor weight, bias, gamma, row_scale;  // fp32 owners of the pointers handed to kernels
 };
+
+// The same for LayerNorm's weight and bias, which the kernels always read: an absent one is `value` everywhere.
+const float* as_float_or(const OptTensor& t, float value, const Tensor& like, int64_t C, const char* op,
+                         const char* name, OptTensor* owner) {
+  if (t.has_value()) return as_float(t, C, op, name, owner);
+  *owner = empty_like_shape(like, {C}, ScalarType::Float);
+  float* data = static_cast<float*>((*owner)->mutable_data_ptr());
+  std::fill_n(data, C, value);
+  return data;
+}
 
 BranchArgs branch_args(const OptTensor& gamma, const OptTensor& row_scale, const OptTensor& seed, double dropout_p,
                        const Tensor& x, int64_t rows, const char* op, Parameters* owners) {
@@ -118,8 +128,8 @@ std::tuple<Tensor, OptTensor, Tensor, Tensor> add_layer_norm_fwd(
   }
   args.x = arg(x_rows);
   args.y = output(y, C, op);
-  args.weight = as_float(weight, C, op, "weight", &owners.weight);
-  args.bias = as_float(bias, C, op, "bias", &owners.bias);
+  args.weight = as_float_or(weight, 1.0f, mean, C, op, "weight", &owners.weight);
+  args.bias = as_float_or(bias, 0.0f, mean, C, op, "bias", &owners.bias);
   args.mean = static_cast<float*>(mean.mutable_data_ptr());
   args.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   args.branch = branch_args(gamma, row_scale, seed, dropout_p, x, x_rows.rows, op, &owners);
@@ -168,7 +178,7 @@ std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> add_layer_norm
   args.z = arg(z_rows);
   args.dx = dx.has_value() ? output(*dx, C, op) : absent(dtype_of(x_dtype, op, "x_dtype"));
   args.dresidual = dresidual.has_value() ? output(*dresidual, C, op) : absent();
-  args.weight = as_float(weight, C, op, "weight", &owners.weight);
+  args.weight = as_float_or(weight, 1.0f, mean, C, op, "weight", &owners.weight);
   args.mean = static_cast<const float*>(mean.const_data_ptr());
   args.rstd = static_cast<const float*>(rstd.const_data_ptr());
   args.branch = branch_args(gamma, row_scale, seed, dropout_p, z, z_rows.rows, op, &owners);
@@ -191,8 +201,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_add_fwd(Tensor x, Tensor residual,
   args.x = arg(x_rows);
   args.residual = arg(residual_rows);
   args.y = output(out, C, op);
-  args.weight = as_float(weight, C, op, "weight", &owners.weight);
-  args.bias = as_float(bias, C, op, "bias", &owners.bias);
+  args.weight = as_float_or(weight, 1.0f, mean, C, op, "weight", &owners.weight);
+  args.bias = as_float_or(bias, 0.0f, mean, C, op, "bias", &owners.bias);
   args.mean = static_cast<float*>(mean.mutable_data_ptr());
   args.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   args.branch = branch_args(std::nullopt, row_scale, std::nullopt, 0.0, x, x_rows.rows, op, &owners);
@@ -219,7 +229,7 @@ std::tuple<OptTensor, OptTensor, OptTensor> layer_norm_add_bwd(Tensor dout, Tens
   args.dy = arg(dout_rows);
   args.z = arg(x_rows);
   args.dx = dx.has_value() ? output(*dx, C, op) : absent(x_rows.dtype);
-  args.weight = as_float(weight, C, op, "weight", &owners.weight);
+  args.weight = as_float_or(weight, 1.0f, mean, C, op, "weight", &owners.weight);
   args.mean = static_cast<const float*>(mean.const_data_ptr());
   args.rstd = static_cast<const float*>(rstd.const_data_ptr());
   args.branch = branch_args(std::nullopt, row_scale, std::nullopt, 0.0, x, x_rows.rows, op, &owners);

@@ -27,7 +27,7 @@ struct RowsArg {
 
 struct NormForwardArgs {
   RowsArg x, residual, y, z;  // z is new_residual; residual and z are absent for plain LayerNorm
-  const float *weight, *bias;
+  const float *weight, *bias;  // always present
   float *mean, *rstd;
   BranchArgs branch;
   int64_t C;

