@@ -95,7 +95,7 @@ __attribute__((noinline)) void gemm_tile(int64_t K, const Unit* a, int64_t lda, 
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = accumulate ? load(c + r * ldc + v * kVec) : Vec{};
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec{};
   for (int64_t k = 0; k < K; ++k) {
     Vec bv[kVecs];
 #pragma GCC unroll 4
@@ -112,7 +112,10 @@ __attribute__((noinline)) void gemm_tile(int64_t K, const Unit* a, int64_t lda, 
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) store(c + r * ldc + v * kVec, acc[r][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      float* out = c + r * ldc + v * kVec;
+      store(out, accumulate ? load(out) + acc[r][v] : acc[r][v]);
+    }
 }
 
 template <class Unit, ALayout layout, int kRows, int kVecs>
@@ -137,20 +140,30 @@ void gemm_panel(int64_t M, int64_t K, const Unit* a, int64_t lda, const Unit* b,
   }
 }
 
+// Units of K that one register accumulates before it is added to C: shorter chains round less, and that much of a panel
+// stays in L1 while all rows pass over it.
+constexpr int64_t kMaxChain = 128;
+
 // C[M][columns rounded up to vectors] (+)= A * B[k0 .. k0 + K). All of M, columns, K may be anything; A begins at unit k0.
 template <ALayout layout, class Unit>
 void gemm(int64_t M, int64_t columns, int64_t K, const Unit* a, int64_t lda, const Unit* b, int64_t packed_k, int64_t k0,
           float* c, int64_t ldc, bool accumulate) {
-  const int64_t vecs = vecs_of(columns);
+  const int64_t vecs = vecs_of(columns), chains = ceil_div(K, kMaxChain);
   for (int64_t v0 = 0; v0 < vecs;) {
     const int64_t width = panel_width(v0, vecs);
     const Unit* panel = b + v0 * kVec * packed_k + k0 * width * kVec;
     float* out = c + v0 * kVec;
-    if (width == 1) gemm_panel<Unit, layout, 1>(M, K, a, lda, panel, out, ldc, accumulate);
-    if (width == 2) gemm_panel<Unit, layout, 2>(M, K, a, lda, panel, out, ldc, accumulate);
-    if constexpr (kMaxPanel == 4) {
-      if (width == 3) gemm_panel<Unit, layout, 3>(M, K, a, lda, panel, out, ldc, accumulate);
-      if (width == 4) gemm_panel<Unit, layout, 4>(M, K, a, lda, panel, out, ldc, accumulate);
+    for (int64_t chain = 0; chain < chains; ++chain) {
+      const int64_t first = chain * K / chains, n = (chain + 1) * K / chains - first;
+      const Unit* rows = a + (layout == ALayout::kColMajor ? first * lda : first);
+      const Unit* part = panel + first * width * kVec;
+      const bool add = accumulate || chain > 0;
+      if (width == 1) gemm_panel<Unit, layout, 1>(M, n, rows, lda, part, out, ldc, add);
+      if (width == 2) gemm_panel<Unit, layout, 2>(M, n, rows, lda, part, out, ldc, add);
+      if constexpr (kMaxPanel == 4) {
+        if (width == 3) gemm_panel<Unit, layout, 3>(M, n, rows, lda, part, out, ldc, add);
+        if (width == 4) gemm_panel<Unit, layout, 4>(M, n, rows, lda, part, out, ldc, add);
+      }
     }
     v0 += width;
   }
