@@ -153,7 +153,7 @@ def test_fifty_training_steps_follow_the_same_loss_curve():
     assert (curves[0] - curves[1]).abs().max() < 1e-3
 
 
-# --- from_timm --------------------------------------------------------------------------------------------
+# --- from_timm ------------------------------------------------------------------------------------
 
 
 def test_from_timm_copies_and_leaves_the_source_alone():

@@ -1,4 +1,4 @@
-"""What people do with a FusedViT besides calling it: hooks, checkpointing, compiling, copying, pictures."""
+"""What people do with a FusedViT besides calling it: hooks, compiling, copying, pictures."""
 
 import copy
 import io
@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from vit_pairs import images, logits_and_grads, needs_timm, pair, relative_errors
 
 from vitkernels import FusedViT
@@ -23,7 +24,7 @@ def same(got: dict, expected: dict, limit=ROUNDING) -> None:
     assert max(errors.values()) <= limit, sorted(errors.items(), key=lambda e: -e[1])[:3]
 
 
-# --- Pending and hooks ------------------------------------------------------------------------------------
+# --- Pending and hooks ----------------------------------------------------------------------------
 
 
 def spy(monkeypatch) -> list[type]:
@@ -137,7 +138,7 @@ def test_replaced_modules_are_respected():
     same(logits_and_grads(ours, x), logits_and_grads(theirs, x), 2e-5)
 
 
-# --- checkpointing, compiling, copying ----------------------------------------------------------------------
+# --- checkpointing, compiling, copying ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["registers_layer_scale", "clip"])
@@ -173,7 +174,7 @@ def test_compiles_as_one_graph(name, mode):
 def test_dynamic_batch_compiles_once():
     _, ours = pair()
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ours, backend=counter, fullgraph=True, dynamic=True)
     with torch.no_grad():
         for batch in (2, 3, 5, 7):
@@ -245,7 +246,7 @@ def test_frozen_parameters_get_no_gradient():
         assert (parameter.grad is not None) == ("head" in name or "ls2" in name)
 
 
-# --- timm's methods -------------------------------------------------------------------------------------------
+# --- timm's methods -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -324,20 +325,18 @@ def test_timm_optimizer_groups():
         assert [len(g["params"]) for g in got] == [len(g["params"]) for g in expected]
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["registers_layer_scale", "qk_norm"])
 def test_attention_maps_reproduce_the_attention(name):
     _, ours = pair(name)
-    x, inputs, outputs = images(name), [], []
+    x, passed = images(name), []
     for block in ours.blocks:
-        block.attn.register_forward_hook(
-            lambda m, args, out: (inputs.append(args[0]), outputs.append(out))
-        )
+        block.attn.register_forward_hook(lambda m, args, out: passed.append((args[0], out)))
     ours(x)
     maps = ours.attention_maps(x)
-    for block, weights, inp, out in zip(ours.blocks, maps, inputs, outputs, strict=False):
+    for block, weights, (inp, out) in zip(ours.blocks, maps, passed[:3], strict=True):
         N = inp.shape[1]
         assert weights.shape == (2, 3, N, N)
         v = block.attn.qkv(inp).unflatten(2, (3, 3, 16))[:, :, 2].transpose(1, 2)
@@ -363,7 +362,7 @@ def test_attention_rollout():
         attention_rollout(ours.attention_maps(images(), rows=0))
 
 
-# --- bad arguments ----------------------------------------------------------------------------------------------
+# --- bad arguments --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

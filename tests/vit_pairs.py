@@ -1,4 +1,4 @@
-"""A timm VisionTransformer and our copy of it, small, with weights that make every parameter matter."""
+"""Small timm VisionTransformers and our copies, with weights that make every parameter matter."""
 
 import functools
 
@@ -44,8 +44,7 @@ CONFIGS = {
 
 
 def timm_vit(name="class_token", **more) -> nn.Module:
-    """timm's model of a configuration, in evaluation mode, every parameter away from its initial 0, 1
-    or 1e-4."""
+    """timm's model of a configuration, evaluating; no parameter keeps its initial 0, 1 or 1e-4."""
     from timm.models.vision_transformer import VisionTransformer
 
     settings = {"num_classes": 10, **TINY, **CONFIGS[name][0], **more}
@@ -79,8 +78,11 @@ def logits_and_grads(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tenso
 
 
 def relative_errors(got: dict, truth: dict) -> dict[str, float]:
-    """Norm-relative error of each entry. A gradient far below the largest one (the key bias has none
-    in exact arithmetic) counts against 1e-3 of the largest."""
+    """Norm-relative error of each entry.
+
+    A gradient far below the largest one (the key bias has none in exact arithmetic) counts against
+    1e-3 of the largest.
+    """
     norms = {name: value.double().norm().item() for name, value in truth.items()}
     floor = 1e-3 * max(norms.values())
     return {

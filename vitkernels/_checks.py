@@ -10,7 +10,9 @@ import torch
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def fail(op: str, arg: str, expected: str, got: object, error: type[Exception] = ValueError) -> None:
+def fail(
+    op: str, arg: str, expected: str, got: object, error: type[Exception] = ValueError
+) -> None:
     raise error(f"{op}: {arg} must be {expected}, got {got}")
 
 
@@ -47,16 +49,31 @@ def tensor(
         fail(op, arg, f"on {like.device} like the first argument", describe(value))
 
 
-def number(op: str, arg: str, value: object, *, low: float, high: float, expected: str, low_open: bool = False) -> None:
+def number(
+    op: str,
+    arg: str,
+    value: object,
+    *,
+    low: float,
+    high: float,
+    expected: str,
+    low_open: bool = False,
+) -> None:
     """A finite real number in [low, high), or (low, high) with low_open."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(op, arg, expected, describe(value), TypeError)
-    if not math.isfinite(value) or not (value > low if low_open else value >= low) or not value < high:
+    if (
+        not -math.inf < value < math.inf  # math.isfinite breaks the graph for a symbolic float
+        or not (value > low if low_open else value >= low)
+        or not value < high
+    ):
         fail(op, arg, expected, value)
 
 
 def eps(op: str, value: object) -> None:
-    number(op, "eps", value, low=0.0, high=math.inf, low_open=True, expected="a positive finite number")
+    number(
+        op, "eps", value, low=0.0, high=math.inf, low_open=True, expected="a positive finite number"
+    )
 
 
 def dropout_p(op: str, value: object) -> None:

@@ -1,0 +1,1 @@
+"""Other libraries' models and checkpoints: names in, names out."""

@@ -1,0 +1,133 @@
+"""timm's VisionTransformer -> FusedViT: read the settings off the modules, copy the parameters.
+
+timm is imported only to make a model from its name.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+
+from ..nn import LayerNorm
+from ..nn.known import known
+
+
+def vit_from_timm(cls, source: str | nn.Module, pretrained: bool = False, **kwargs):
+    """A FusedViT with the settings, and copies of the parameters, of a timm VisionTransformer."""
+    if isinstance(source, str):
+        source = create_timm_model(source, pretrained, **kwargs)
+    elif pretrained or kwargs:
+        raise ValueError(
+            "from_timm: pretrained and timm's arguments need a model name, got a model"
+        )
+    model = cls(**vit_settings(source), weight_init="skip", device="meta")
+    copy_parameters(source, model)
+    for block, theirs in zip(model.blocks, source.blocks, strict=True):
+        for name in ("drop_path1", "drop_path2"):  # a schedule of its own
+            getattr(block, name).drop_prob = getattr(getattr(theirs, name), "drop_prob", 0.0)
+    model.grad_checkpointing = source.grad_checkpointing
+    return model
+
+
+def create_timm_model(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            f"from_timm: a model name needs timm (pip install timm): {error}"
+        ) from error
+    return timm.create_model(name, pretrained=pretrained, **kwargs)
+
+
+def vit_settings(source: nn.Module) -> dict:
+    """Constructor arguments that rebuild `source`; one sentence names what is not supported."""
+    _expect(source, "VisionTransformer", "model")
+    _expect(source.patch_embed, "PatchEmbed", "patch_embed")
+    if source.attn_pool is not None:
+        _refuse("attention pooling (global_pool='map' or 'prr')")
+    for block in source.blocks:
+        _expect(block, "Block", "block")
+        _expect(block.attn, "Attention", "attention")
+        _expect(block.mlp, "Mlp", "mlp")
+    block, embed = source.blocks[0], source.patch_embed
+    if getattr(block.attn, "gate", None) is not None:
+        _refuse("gated attention")
+    if embed.img_size is None:
+        _refuse("a patch embedding without img_size")
+    pos_embed, after_pool = source.pos_embed, not isinstance(source.fc_norm, nn.Identity)
+    return {
+        "img_size": embed.img_size,
+        "patch_size": embed.patch_size,
+        "in_chans": embed.proj.in_channels,
+        "num_classes": source.num_classes,
+        "global_pool": source.global_pool,
+        "embed_dim": source.embed_dim,
+        "depth": len(source.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": (block.mlp.fc1.out_features + 0.5)
+        / source.embed_dim,  # survives int(dim * ratio)
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
+        "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
+        "proj_bias": block.attn.proj.bias is not None,
+        "init_values": getattr(block.ls1, "init_values", None),
+        "class_token": source.cls_token is not None,
+        "pos_embed": "none" if pos_embed is None else "learn",
+        "no_embed_class": source.no_embed_class,
+        "reg_tokens": source.num_reg_tokens,
+        "pre_norm": not isinstance(source.norm_pre, nn.Identity),
+        "final_norm": after_pool or not isinstance(source.norm, nn.Identity),
+        "fc_norm": after_pool,
+        "pool_include_prefix": source.pool_include_prefix,
+        "dynamic_img_size": source.dynamic_img_size,
+        "dynamic_img_pad": embed.dynamic_img_pad,
+        "drop_rate": source.head_drop.p,
+        "pos_drop_rate": source.pos_drop.p,
+        "patch_drop_rate": getattr(source.patch_drop, "prob", 0.0),
+        "proj_drop_rate": block.attn.proj_drop.p,
+        "attn_drop_rate": block.attn.attn_drop.p,
+        "embed_norm_layer": _norm_layer(embed.norm),
+        "norm_layer": _norm_layer(block.norm1),
+        "act_layer": _activation(block.mlp.act),
+    }
+
+
+def copy_parameters(source: nn.Module, model: nn.Module) -> None:
+    """Copies under the same names: dtype, device, requires_grad and each module's mode are kept."""
+    state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    theirs = dict(source.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(theirs[name].requires_grad)
+    modules = dict(source.named_modules())
+    for name, module in model.named_modules():
+        module.training = modules.get(name, source).training
+
+
+def _norm_layer(norm: nn.Module):
+    """The class and settings of a LayerNorm, None for no norm."""
+    if isinstance(norm, nn.Identity):
+        return None
+    if not isinstance(norm, nn.LayerNorm) or type(norm).__name__ not in (
+        "LayerNorm",
+        "LayerNormFp32",
+    ):
+        _refuse(f"the norm {type(norm).__name__}")
+    return functools.partial(LayerNorm, eps=norm.eps, affine=norm.elementwise_affine)
+
+
+def _activation(act: nn.Module):
+    if type(act) is nn.GELU:
+        return functools.partial(nn.GELU, approximate=act.approximate)
+    return known("from_timm", "act_layer", type(act))
+
+
+def _expect(module: nn.Module, name: str, role: str) -> None:
+    if type(module).__name__ != name:
+        _refuse(f"the {role} {type(module).__name__}")
+
+
+def _refuse(what: str) -> None:
+    raise ValueError(f"from_timm: {what} is not supported by FusedViT")

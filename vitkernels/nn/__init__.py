@@ -1,0 +1,24 @@
+"""Building blocks of the models, with timm's arguments, attribute names and state_dict keys."""
+
+from .attention import Attention
+from .block import Block, Pending
+from .drop_path import DropPath
+from .layer_norm import LayerNorm
+from .layer_scale import LayerScale
+from .mlp import GELUTanh, Mlp, QuickGELU
+from .patch_dropout import PatchDropout
+from .patch_embed import PatchEmbed
+
+__all__ = [
+    "Attention",
+    "Block",
+    "DropPath",
+    "GELUTanh",
+    "LayerNorm",
+    "LayerScale",
+    "Mlp",
+    "PatchDropout",
+    "PatchEmbed",
+    "Pending",
+    "QuickGELU",
+]

@@ -1,0 +1,71 @@
+"""Multi-head self-attention with a packed qkv projection; timm's arguments and state_dict keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import attention, attention_qkvpacked, attention_weights
+
+
+class Attention(nn.Module):
+    """x (B, N, C) -> (B, N, C).
+
+    The rows of qkv.weight are [all q | all k | all v], each head-major. attn_mask broadcasts to
+    (B, heads, N, N): bool (True = attend) or float (added to the scores).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer=None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads != 0:
+            raise ValueError(
+                f"Attention: dim must be a multiple of num_heads, got {dim}, {num_heads}"
+            )
+        if norm_layer is None and (qk_norm or scale_norm):
+            raise ValueError("Attention: qk_norm and scale_norm need norm_layer, got None")
+        where = {"device": device, "dtype": dtype}
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **where)
+        self.q_norm = norm_layer(self.head_dim, **where) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim, **where) if qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.norm = norm_layer(dim, **where) if scale_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, **where)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        if is_causal:
+            attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        drop = self.attn_drop.p if self.training else 0.0
+        options = {"bias": attn_mask, "scale": self.scale, "dropout_p": drop}
+        qkv = self.qkv(x)
+        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            x = attention_qkvpacked(qkv, self.num_heads, **options)
+        else:
+            q, k, v = self._unpack(qkv)
+            x = attention(self.q_norm(q), self.k_norm(k), v, **options).flatten(2)
+        return self.proj_drop(self.proj(self.norm(x)))
+
+    def weights(self, x: Tensor, rows=None) -> Tensor:
+        """The softmax rows that forward(x) would use, (B, heads, rows, N): for pictures."""
+        q, k, _ = self._unpack(self.qkv(x))
+        return attention_weights(self.q_norm(q), self.k_norm(k), scale=self.scale, rows=rows)
+
+    def _unpack(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return qkv.unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
