@@ -1,0 +1,49 @@
+// How a launcher meets the GPU: device guard, stream, launch, registration. The emulator's twin is
+// csrc/emulator/common/launch.cuh.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "common/platform.cuh"
+
+// At the bottom of a .cu file: VK_CUDA_LIBRARY_IMPL(m) { m.impl("op.cuda", TORCH_BOX(&op)); }
+#define VK_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(vitkernels, CUDA, m)
+
+namespace vitkernels {
+
+// Makes the tensor's device current for as long as it lives, and knows its current stream.
+class Device {
+ public:
+  explicit Device(const torch::stable::Tensor& t) : guard_(t.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount,
+                                          t.get_device_index()));
+  }
+
+  static bool holds(const torch::stable::Tensor& t) { return t.is_cuda(); }
+  int multiprocessors() const { return multiprocessors_; }
+
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+              const Arguments&... arguments) const {
+    if (shared_bytes > 48 << 10)  // more than that only by request [G:
+                                  // "cudaFuncAttributeMaxDynamicSharedMemorySize"]
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared_bytes)));
+    kernel<<<grid, block, shared_bytes, stream_>>>(arguments...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+  int multiprocessors_ = 0;
+};
+
+}  // namespace vitkernels

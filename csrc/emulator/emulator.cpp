@@ -1,0 +1,433 @@
+// The scheduler: blocks one after another on each OS thread, the fibers of a block in a new random
+// order each round.
+#include "emulator.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "fiber.h"
+
+namespace vitkernels::emulator {
+
+thread_local Fiber* running = nullptr;
+
+namespace {
+
+constexpr int kWarp = 32;
+constexpr size_t kStaticLimit =
+    48 << 10;  // CUDA C++ Programming Guide, "Compute Capabilities", technical specifications
+constexpr size_t kArenaBytes = 512 << 10;
+constexpr size_t kGuardBytes = 64;
+constexpr unsigned char kPoison = 0xFF;
+
+uint64_t from_environment(const char* name, uint64_t otherwise) {
+  const char* text = std::getenv(name);
+  return text == nullptr || *text == 0 ? otherwise : std::strtoull(text, nullptr, 0);
+}
+
+std::string text(const Index3& i) {
+  return "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
+}
+
+std::string text(const Place& place) {
+  return std::string(place.file) + ":" + std::to_string(place.line);
+}
+
+// "0-31,64" for a sorted list of thread numbers.
+std::string ranges(const std::vector<int>& ids) {
+  std::string out;
+  for (size_t i = 0; i < ids.size();) {
+    size_t j = i;
+    while (j + 1 < ids.size() && ids[j + 1] == ids[j] + 1) ++j;
+    out += (out.empty() ? "" : ",") + std::to_string(ids[i]);
+    if (j > i) out += "-" + std::to_string(ids[j]);
+    i = j + 1;
+  }
+  return out;
+}
+
+struct Arena {  // shared memory: the dynamic part, then static arrays as they are met, each with a
+                // guard behind it
+  char* base = nullptr;
+  size_t dynamic_bytes = 0, used = 0, static_bytes = 0;
+  struct Array {
+    const void* key;
+    size_t offset, bytes;
+  };
+  std::vector<Array> arrays;
+};
+
+}  // namespace
+
+struct Block {
+  const Shape* shape;
+  const std::function<void()>* body;
+  Index3 index;
+  std::vector<Fiber> fibers;
+  std::vector<Fiber*> ready;
+  int live = 0;
+  int arrived = 0, predicates = 0;  // of the block meeting
+  Place barrier{};
+  Arena arena;
+  std::exception_ptr error;
+  void* scheduler = nullptr;  // its stack pointer while a fiber runs
+
+  std::string describe() const {
+    return "block " + text(index) + " of grid " + text(shape->grid) + ", seed " +
+           std::to_string(settings().seed);
+  }
+  void wake(Fiber& fiber) {
+    fiber.state = Fiber::kReady;
+    ready.push_back(&fiber);
+  }
+  void open_barrier_when_all_arrived();
+  bool finish_warp_meeting(const Fiber& member);
+  void leave(Fiber& fiber);
+  std::string who_waits_where() const;
+};
+
+namespace {
+
+void to_scheduler() {
+  Fiber* self = running;
+  vk_emulator_switch(&self->stack_pointer, self->block->scheduler);
+}
+
+void fiber_main() {
+  Fiber* self = running;
+  try {
+    (*self->block->body)();
+  } catch (...) {
+    self->block->error = std::current_exception();
+  }
+  self->block->leave(*self);
+  to_scheduler();
+  std::abort();  // a finished fiber is never resumed
+}
+
+}  // namespace
+
+// ---- Meetings
+
+void Block::open_barrier_when_all_arrived() {
+  if (arrived == 0 || arrived < live) return;
+  const int result = predicates;
+  arrived = predicates = 0;
+  for (Fiber& fiber : fibers)
+    if (fiber.state == Fiber::kInBlockMeeting) {
+      fiber.block_result = result;
+      wake(fiber);
+    }
+}
+
+// True when every lane of member's mask has come to the same operation with the same mask, or has
+// exited.
+bool Block::finish_warp_meeting(const Fiber& member) {
+  const int first = member.id / kWarp * kWarp;
+  const int lanes = std::min<int>(kWarp, static_cast<int>(fibers.size()) - first);
+  Fiber* met[kWarp];
+  void* records[kWarp] = {};
+  int count = 0;
+  for (int lane = 0; lane < lanes; ++lane) {
+    Fiber& other = fibers[first + lane];
+    if (!(member.mask >> lane & 1) || other.state == Fiber::kDone) continue;
+    if (other.state != Fiber::kInWarpMeeting || other.mask != member.mask ||
+        std::strcmp(other.waits_for, member.waits_for))
+      return false;
+    records[lane] = other.record;
+    met[count++] = &other;
+  }
+  if (member.finish != nullptr) member.finish(records);
+  for (int i = 0; i < count; ++i) wake(*met[i]);
+  return true;
+}
+
+void Block::leave(Fiber& fiber) {
+  fiber.state = Fiber::kDone;
+  --live;
+  open_barrier_when_all_arrived();
+  const int first = fiber.id / kWarp * kWarp;
+  for (int id = first; id < std::min<int>(first + kWarp, static_cast<int>(fibers.size())); ++id)
+    if (fibers[id].state == Fiber::kInWarpMeeting) finish_warp_meeting(fibers[id]);
+}
+
+int meet_block(const char* what, bool predicate, Place place) {
+  Fiber& self = *running;
+  Block& block = *self.block;
+  if (block.arrived == 0) block.barrier = place;
+  if (place.line != block.barrier.line || std::strcmp(place.file, block.barrier.file))
+    fail(std::string(what) + ", but other threads of the block are at the barrier of " +
+             text(block.barrier),
+         place);
+  self.waits_for = what;
+  self.place = place;
+  self.state = Fiber::kInBlockMeeting;
+  ++block.arrived;
+  block.predicates += predicate;
+  block.open_barrier_when_all_arrived();
+  to_scheduler();
+  return self.block_result;
+}
+
+void meet_warp(const char* what, unsigned mask, void* record, Finish finish, Place place) {
+  Fiber& self = *running;
+  if (!(mask >> self.id % kWarp & 1))
+    fail(std::string(what) + " with a mask that leaves out the calling lane", place);
+  self.waits_for = what;
+  self.place = place;
+  self.mask = mask;
+  self.record = record;
+  self.finish = finish;
+  self.state = Fiber::kInWarpMeeting;
+  self.block->finish_warp_meeting(self);
+  to_scheduler();
+}
+
+std::string Block::who_waits_where() const {
+  std::map<std::string, std::vector<int>> groups;
+  for (const Fiber& fiber : fibers) {
+    char mask[40] = "";
+    if (fiber.state == Fiber::kInWarpMeeting)
+      std::snprintf(mask, sizeof(mask), " with mask 0x%08x", fiber.mask);
+    groups[fiber.state == Fiber::kDone
+               ? "have exited"
+               : "wait in " + std::string(fiber.waits_for) + mask + " at " + text(fiber.place)]
+        .push_back(fiber.id);
+  }
+  std::string out;
+  for (const auto& [where, ids] : groups) out += "\n  threads " + ranges(ids) + " " + where;
+  return out;
+}
+
+void fail(const std::string& what, Place place) {
+  throw std::runtime_error("emulated kernel: " + what + "\n  thread " +
+                           text(running->thread_index) + " at " + text(place) + ", " +
+                           running->block->describe());
+}
+
+const Index3& block_index() { return running->block->index; }
+const Index3& block_dim() { return running->block->shape->block; }
+const Index3& grid_dim() { return running->block->shape->grid; }
+
+// ---- Shared memory
+
+void* dynamic_shared() { return running->block->arena.base; }
+
+void* static_shared(const void* key, size_t bytes, Place place) {
+  Arena& arena = running->block->arena;
+  for (const Arena::Array& array : arena.arrays)
+    if (array.key == key) return arena.base + array.offset;
+  arena.static_bytes += bytes;
+  if (arena.static_bytes > kStaticLimit)
+    fail(std::to_string(arena.static_bytes) + " bytes of static shared memory; the limit is 49152",
+         place);
+  if (arena.static_bytes + arena.dynamic_bytes > settings().shared_limit)
+    fail(std::to_string(arena.static_bytes + arena.dynamic_bytes) +
+             " bytes of static and dynamic shared memory; " + "the limit is " +
+             std::to_string(settings().shared_limit),
+         place);
+  const size_t offset = arena.used;
+  arena.used += (bytes + 127) / 128 * 128 + kGuardBytes * 2;
+  std::memset(arena.base + offset, kPoison, arena.used - offset);
+  arena.arrays.push_back({key, offset, bytes});
+  return arena.base + offset;
+}
+
+namespace {
+
+void open_arena(Arena& arena, size_t dynamic_bytes) {
+  arena.arrays.clear();
+  arena.static_bytes = 0;
+  arena.dynamic_bytes = dynamic_bytes;
+  arena.used = (dynamic_bytes + 127) / 128 * 128 + kGuardBytes * 2;
+  std::memset(arena.base, kPoison, arena.used);
+}
+
+void check_guard(const Block& block, size_t offset, size_t bytes, const char* which) {
+  const char* end = block.arena.base + offset + bytes;
+  for (size_t i = 0; i < kGuardBytes; ++i)
+    if (static_cast<unsigned char>(end[i]) != kPoison)
+      throw std::runtime_error("emulated kernel: written " + std::to_string(i) +
+                               " bytes past the end of " + which + " shared memory of " +
+                               std::to_string(bytes) + " bytes, " + block.describe());
+}
+
+void check_guards(const Block& block) {
+  check_guard(block, 0, block.arena.dynamic_bytes, "dynamic");
+  for (const Arena::Array& array : block.arena.arrays)
+    check_guard(block, array.offset, array.bytes, "static");
+}
+
+// ---- Running
+
+// What one OS thread keeps between blocks and launches: stacks and shared memory.
+struct Worker {
+  std::vector<std::unique_ptr<Stack>> stacks;
+  std::unique_ptr<char[]> arena{new char[kArenaBytes + 1024]};
+  Block block;
+
+  void run_block(const Shape& shape, const std::function<void()>& body, Index3 index,
+                 uint64_t seed);
+};
+
+void Worker::run_block(const Shape& shape, const std::function<void()>& body, Index3 index,
+                       uint64_t seed) {
+  const int threads = static_cast<int>(shape.block.x * shape.block.y * shape.block.z);
+  while (static_cast<int>(stacks.size()) < threads) stacks.push_back(std::make_unique<Stack>());
+  block.shape = &shape;
+  block.body = &body;
+  block.index = index;
+  block.live = threads;
+  block.arrived = block.predicates = 0;
+  block.error = nullptr;
+  block.arena.base =
+      reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(arena.get()) + 1023) / 1024 * 1024);
+  open_arena(block.arena, shape.shared_bytes);
+  block.fibers.assign(threads, Fiber{});
+  block.ready.clear();
+  for (int id = 0; id < threads; ++id) {
+    Fiber& fiber = block.fibers[id];
+    fiber.block = &block;
+    fiber.id = id;
+    fiber.thread_index.x = id % shape.block.x;
+    fiber.thread_index.y = id / shape.block.x % shape.block.y;
+    fiber.thread_index.z = id / shape.block.x / shape.block.y;
+    fiber.stack_pointer = first_frame(*stacks[id], fiber_main);
+    block.wake(fiber);
+  }
+
+  std::minstd_rand random(static_cast<uint32_t>(seed ^ seed >> 32) | 1);
+  std::vector<Fiber*> round;
+  while (block.live > 0 && block.error == nullptr) {
+    if (block.ready.empty())
+      throw std::runtime_error("emulated kernel: deadlock, " + block.describe() +
+                               block.who_waits_where());
+    round.swap(block.ready);
+    block.ready.clear();
+    std::shuffle(round.begin(), round.end(), random);
+    for (Fiber* fiber : round) {
+      running = fiber;
+      vk_emulator_switch(&block.scheduler, fiber->stack_pointer);
+      if (block.error != nullptr) break;
+    }
+  }
+  running = nullptr;
+  if (block.error != nullptr) std::rethrow_exception(block.error);
+  check_guards(block);
+}
+
+// Workers outlive launches, so that stacks are mapped once.
+class Pool {
+ public:
+  std::unique_ptr<Worker> take() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (idle_.empty()) return std::make_unique<Worker>();
+    std::unique_ptr<Worker> worker = std::move(idle_.back());
+    idle_.pop_back();
+    return worker;
+  }
+  void give_back(std::unique_ptr<Worker> worker) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    idle_.push_back(std::move(worker));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Worker>> idle_;
+};
+
+// CUDA C++ Programming Guide, "Compute Capabilities", technical specifications.
+void check_shape(const Shape& shape) {
+  const auto& [grid, block, shared_bytes] = shape;
+  const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
+  std::string wrong;
+  if (threads == 0 || threads > 1024 || block.x > 1024 || block.y > 1024 || block.z > 64)
+    wrong = "block " + text(block) + "; at most 1024 threads, 64 along z";
+  else if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+           grid.z > 65535)
+    wrong = "grid " + text(grid) + "; at least 1, at most (2147483647,65535,65535)";
+  else if (shared_bytes > settings().shared_limit)
+    wrong = std::to_string(shared_bytes) + " bytes of dynamic shared memory; the limit is " +
+            std::to_string(settings().shared_limit);
+  if (!wrong.empty()) throw std::runtime_error("emulated kernel: cannot launch with " + wrong);
+}
+
+uint64_t mix(uint64_t x) {  // splitmix64
+  x += 0x9E3779B97F4A7C15u;
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+  return x ^ x >> 31;
+}
+
+}  // namespace
+
+Settings& settings() {
+  static Settings values{
+      from_environment("VITKERNELS_EMULATOR_SEED", 1),
+      static_cast<int>(from_environment("VITKERNELS_EMULATOR_THREADS", 1)),
+      static_cast<int>(from_environment("VITKERNELS_EMULATOR_MULTIPROCESSORS", 2)),
+      std::min<uint64_t>(from_environment("VITKERNELS_EMULATOR_SHARED_LIMIT", 232448),
+                         kArenaBytes / 2)};
+  return values;
+}
+
+void run(const Shape& shape, const std::function<void()>& thread_body) {
+  static Pool pool;
+  check_shape(shape);
+  if (running != nullptr)
+    throw std::runtime_error("emulated kernel: a launch from inside a kernel");
+  const uint64_t seed = settings().seed;
+  const uint64_t blocks = static_cast<uint64_t>(shape.grid.x) * shape.grid.y * shape.grid.z;
+  // Blocks promise each other no order: odd strides visit all residues of a power of two, starting
+  // anywhere.
+  uint64_t span = 1;
+  while (span < blocks) span *= 2;
+  const uint64_t start = mix(seed), stride = mix(start) | 1;
+
+  std::atomic<uint64_t> next{0};
+  std::atomic<bool> stop{false};
+  std::exception_ptr error;
+  std::mutex mutex;
+  auto work = [&] {
+    std::unique_ptr<Worker> worker = pool.take();
+    try {
+      for (uint64_t step; !stop && (step = next++) < span;) {
+        const uint64_t b = (start + step * stride) % span;
+        if (b >= blocks) continue;
+        const Index3 index(static_cast<unsigned>(b % shape.grid.x),
+                           static_cast<unsigned>(b / shape.grid.x % shape.grid.y),
+                           static_cast<unsigned>(b / shape.grid.x / shape.grid.y));
+        worker->run_block(shape, thread_body, index, mix(seed ^ mix(b)));
+      }
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!error) error = std::current_exception();
+      stop = true;
+    }
+    running = nullptr;
+    pool.give_back(std::move(worker));
+  };
+  std::vector<std::thread> helpers;
+  for (uint64_t i = 1; i < std::min<uint64_t>(blocks, static_cast<uint64_t>(settings().threads));
+       ++i)
+    helpers.emplace_back(work);
+  work();
+  for (std::thread& helper : helpers) helper.join();
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace vitkernels::emulator
+
+void vitkernels_emulator_set_seed(uint64_t seed) { vitkernels::emulator::settings().seed = seed; }
+uint64_t vitkernels_emulator_seed() { return vitkernels::emulator::settings().seed; }

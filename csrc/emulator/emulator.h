@@ -1,0 +1,114 @@
+// A block of a CUDA kernel on one CPU thread: every CUDA thread is a fiber, and whatever CUDA waits
+// for (barriers, warp-wide operations) is a meeting that fibers block in. README.md says what is
+// modelled.
+//
+// This header is the machinery: launching, meetings, shared memory. The twins of CUDA's own names
+// and of the primitives in csrc/common/platform.cuh are in csrc/emulator/common/platform.cuh and
+// are built on it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+
+namespace vitkernels::emulator {
+
+struct Index3 {  // dim3 and uint3
+  unsigned x = 1, y = 1, z = 1;
+  constexpr Index3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// A line of kernel source, for messages.
+struct Place {
+  const char* file;
+  int line;
+};
+#define VK_EMULATOR_HERE \
+  ::vitkernels::emulator::Place { __builtin_FILE(), __builtin_LINE() }
+
+struct Settings {
+  uint64_t seed;  // VITKERNELS_EMULATOR_SEED; the order of fibers and blocks follows from it alone
+  int threads;    // VITKERNELS_EMULATOR_THREADS: how many blocks run at a time
+  int multiprocessors;  // VITKERNELS_EMULATOR_MULTIPROCESSORS: what a launcher is told
+  size_t shared_limit;  // VITKERNELS_EMULATOR_SHARED_LIMIT: bytes of shared memory a block may have
+                        // (sm_90: 232448)
+};
+Settings& settings();
+
+struct Block;
+using Finish = void (*)(void* const* records);
+
+// One CUDA thread.
+struct Fiber {
+  enum State { kReady, kInWarpMeeting, kInBlockMeeting, kDone };
+  Block* block;
+  Index3 thread_index;
+  int id;  // linear index in the block; warp = id / 32, lane = id % 32
+  State state;
+  const char* waits_for;  // the operation's name
+  Place place;
+  unsigned mask;  // of the warp meeting
+  Finish finish;
+  void* record;      // this lane's operands and results, on its own stack while it waits
+  int block_result;  // of the block meeting
+  void* stack_pointer;
+};
+
+extern thread_local Fiber* running __attribute__((tls_model("initial-exec")));
+
+// ---- Called by the twins, inside a kernel
+
+const Index3& block_index();
+const Index3& block_dim();
+const Index3& grid_dim();
+
+// Ends the launch with an error that names the block, the thread, the place and the seed.
+[[noreturn]] void fail(const std::string& what, Place place);
+
+// The lanes of `mask` that have not exited meet. The last to arrive calls finish(records), where
+// records[l] is lane l's record or null, and all go on. Operands and results of a warp-wide
+// operation travel in the records.
+void meet_warp(const char* what, unsigned mask, void* record, Finish finish, Place place);
+
+// All threads of the block that have not exited meet. Returns how many came with a true predicate.
+int meet_block(const char* what, bool predicate, Place place);
+
+// Shared memory of the block, 0xFF at its start. One static array per key; the same key gives the
+// same array.
+void* static_shared(const void* key, size_t bytes, Place place);
+void* dynamic_shared();
+
+// `Tag` is the type of a lambda at the declaration, so each declaration of each template instance
+// has its own array.
+template <class T, class Tag>
+T& shared_array(Tag, Place place) {
+  static const char key = 0;
+  return *static_cast<T*>(static_shared(&key, sizeof(T), place));
+}
+
+// ---- Called by launchers
+
+struct Shape {
+  Index3 grid, block;
+  size_t shared_bytes;
+};
+
+// Runs thread_body once per CUDA thread. Throws std::runtime_error: a shape that no GPU takes, a
+// deadlock, a failure.
+void run(const Shape& shape, const std::function<void()>& thread_body);
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Shape& shape, const Arguments&... arguments) {
+  const std::tuple<std::decay_t<Parameters>...> copies(arguments...);
+  run(shape, [&] { std::apply(kernel, copies); });
+}
+
+}  // namespace vitkernels::emulator
+
+extern "C" {
+void vitkernels_emulator_set_seed(uint64_t seed);
+uint64_t vitkernels_emulator_seed();
+}
