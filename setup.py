@@ -1,12 +1,15 @@
-"""Builds the native libraries by ninja: what is compiled here is decided by the tools found, never by a visible GPU.
+"""Builds the native libraries by ninja: what is compiled here is decided by the tools found, never
+by a visible GPU.
 
 libvitkernels_cpu.so   C++ kernels, each *_cpu_kernels.cpp once per instruction set      needs g++
 libvitkernels_cuda.so  CUDA C++ kernels on torch's stable ABI                           needs nvcc
 libvitkernels_emu.so   the same .cu files for the CPU (VITKERNELS_EMULATOR=1; tests)    needs g++
-_C                     build facts, CPU features, launch plans                          needs Python.h and pybind11
+_C                     build facts, CPU features, launch plans                          needs
+Python.h and pybind11
 
-A missing tool leaves that library out; `vitkernels info` says so. Environment: VITKERNELS_NATIVE=0 builds nothing,
-VITKERNELS_CUDA={auto,0,1}, VITKERNELS_CUDA_ARCHS="80;90a", VITKERNELS_EMULATOR={0,1}, CXX, NVCC, MAX_JOBS.
+A missing tool leaves that library out; `vitkernels info` says so. Environment: VITKERNELS_NATIVE=0
+builds nothing, VITKERNELS_CUDA={auto,0,1}, VITKERNELS_CUDA_ARCHS="80;90a",
+VITKERNELS_EMULATOR={0,1}, CXX, NVCC, MAX_JOBS.
 """
 
 import importlib.util
@@ -31,15 +34,17 @@ AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-wid
 ISA_LEVELS = {"portable": ""}
 if platform.machine() == "x86_64":
     ISA_LEVELS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": f"{AVX512} -mavx512bf16"}
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"  # torch 2.11: one binary for it and everything newer
-# sm_80 code as SASS for 80 and, so that it can be tested on Hopper, for 90; PTX for what comes later.
+# torch 2.11: one binary for it and everything newer.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
+# sm_80 code as SASS for 80 and, so that it can be tested on Hopper, for 90; PTX for what comes
+# later.
 CUDA_ARCHS = {
     "80": "-gencode=arch=compute_80,code=[sm_80,sm_90,compute_80]",
     "90a": "-gencode=arch=compute_90a,code=sm_90a",
 }
 NVCC_FLAGS = (
-    "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra --Werror=all-warnings -lineinfo"
-    " --expt-relaxed-constexpr -Xptxas=-warn-spills -Xfatbin=-compress-all -DUSE_CUDA"
+    "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra --Werror=all-warnings"
+    " -lineinfo --expt-relaxed-constexpr -Xptxas=-warn-spills -Xfatbin=-compress-all -DUSE_CUDA"
 )
 
 
@@ -53,7 +58,9 @@ def find_nvcc() -> str | None:
     if wanted == "0":
         return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    found = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    found = (
+        os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    )
     if found is None and wanted == "1":
         sys.exit("vitkernels: VITKERNELS_CUDA=1 but no nvcc was found: put it on PATH or set NVCC")
     return found
@@ -72,7 +79,10 @@ class Ninja:
 
     def edge(self, rule: str, target: Path, sources: list[Path], flags: str) -> Path:
         quoted = " ".join(str(s).replace(" ", "$ ") for s in sources)
-        self.lines += [f"build {str(target).replace(' ', '$ ')}: {rule} {quoted}", f"  flags = {flags}"]
+        self.lines += [
+            f"build {str(target).replace(' ', '$ ')}: {rule} {quoted}",
+            f"  flags = {flags}",
+        ]
         return target
 
     def compile(self, rule: str, source: Path, flags: str, tag: str = "") -> Path:
@@ -91,16 +101,27 @@ class Ninja:
 
             program = str(Path(ninja.BIN_DIR) / "ninja")
         except ImportError:
-            program = shutil.which("ninja") or sys.exit("vitkernels: ninja is missing: pip install ninja")
+            program = shutil.which("ninja") or sys.exit(
+                "vitkernels: ninja is missing: pip install ninja"
+            )
         subprocess.run([program, "-C", str(self.out), "-j", jobs], check=True)
 
 
 def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
-    """The ninja file for everything that this machine can build into target_dir, or None when that is nothing."""
+    """The ninja file for all that this machine can build into target_dir, or None for nothing."""
     torch, cxx = find_torch(), os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if os.environ.get("VITKERNELS_NATIVE") == "0" or torch is None or cxx is None:
-        why = "torch is not visible to the build" if torch is None else "no C++ compiler" if cxx is None else "asked"
-        print(f"vitkernels: no native code is built ({why}); the torch, reference and Triton backends remain")
+        why = (
+            "torch is not visible to the build"
+            if torch is None
+            else "no C++ compiler"
+            if cxx is None
+            else "asked"
+        )
+        print(
+            f"vitkernels: no native code is built ({why}); "
+            "the torch, reference and Triton backends remain"
+        )
         return None
     quoted = str(torch).replace(" ", "\\ ")
     torch_flags = f"-isystem {quoted}/include {STABLE_ABI}"
@@ -111,7 +132,9 @@ def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
     n.rule("link", f"{cxx} $in $flags -o $out")
 
     common = [n.compile("cxx", CSRC / "common/cpu_isa.cpp", "")]
-    launchers = [n.compile("cxx", source, torch_flags) for source in sorted(CSRC.glob("*/*_cpu.cpp"))]
+    launchers = [
+        n.compile("cxx", source, torch_flags) for source in sorted(CSRC.glob("*/*_cpu.cpp"))
+    ]
     kernels = [
         n.compile("cxx", source, f"{flags} -DVK_ISA={level}", level)
         for source in sorted(CSRC.glob("*/*_cpu_kernels.cpp"))
@@ -122,9 +145,11 @@ def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
     cu_files = sorted(CSRC.glob("*/*.cu"))
     if os.environ.get("VITKERNELS_EMULATOR") == "1":
         flags = f"-x c++ -I {str(CSRC / 'emulator').replace(' ', chr(92) + ' ')} {torch_flags}"
-        n.rule("emu", f"{cxx} {CXX_FLAGS} -I {CSRC / 'emulator'} {include} $flags -MMD -MF $out.d -c $in -o $out")
+        n.rule("emu", f"{cxx} {CXX_FLAGS} $flags {include} -MMD -MF $out.d -c $in -o $out")
         objects = [n.compile("emu", source, flags, "emu") for source in cu_files]
-        objects += [n.compile("emu", source, "", "emu") for source in sorted(CSRC.glob("emulator/*.cpp"))]
+        objects += [
+            n.compile("emu", source, "", "emu") for source in sorted(CSRC.glob("emulator/*.cpp"))
+        ]
         n.link(target_dir / "lib/libvitkernels_emu.so", objects, f"{link} -lpthread")
     nvcc = find_nvcc()
     if nvcc is not None:
@@ -135,7 +160,9 @@ def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
         objects = [n.compile("nvcc", s, f"{gencode} {torch_flags}", "cuda") for s in cu_files]
         n.link(target_dir / "lib/libvitkernels_cuda.so", objects, f"{link} {cudart_flags(nvcc)}")
 
-    if (Path(sysconfig.get_paths()["include"]) / "Python.h").exists() and importlib.util.find_spec("pybind11"):
+    if (Path(sysconfig.get_paths()["include"]) / "Python.h").exists() and importlib.util.find_spec(
+        "pybind11"
+    ):
         import pybind11
 
         facts = {"cxx": cxx, "nvcc": nvcc or "", "isa_levels": ",".join(ISA_LEVELS)}
@@ -149,15 +176,26 @@ def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
 def cudart_flags(nvcc: str) -> str:
     """The static CUDA runtime beside nvcc: the library then needs nothing but the driver."""
     root = Path(nvcc).resolve().parent.parent
-    folder = next((d for d in (root / "lib64", root / "targets/x86_64-linux/lib", root / "lib") if d.exists()), root)
+    folder = next(
+        (
+            d
+            for d in (root / "lib64", root / "targets/x86_64-linux/lib", root / "lib")
+            if d.exists()
+        ),
+        root,
+    )
     return f"-L {folder} -lcudart_static -lrt -ldl -lpthread"
 
 
 class BuildNative(build_ext):
     def run(self) -> None:
-        package = ROOT / "vitkernels" if self.inplace else Path(self.build_lib).resolve() / "vitkernels"
+        package = (
+            ROOT / "vitkernels" if self.inplace else Path(self.build_lib).resolve() / "vitkernels"
+        )
         (package / "lib").mkdir(parents=True, exist_ok=True)
-        self.ninja = plan_build(package, ROOT / "build" / "native" / ("inplace" if self.inplace else "wheel"))
+        self.ninja = plan_build(
+            package, ROOT / "build" / "native" / ("inplace" if self.inplace else "wheel")
+        )
         if self.ninja is not None:
             self.ninja.run()
 

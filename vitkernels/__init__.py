@@ -1,8 +1,16 @@
-"""Fused kernels for Vision Transformers: the same numbers as timm, transformers and torchvision, faster."""
+"""Fused kernels for Vision Transformers: the numbers of timm, transformers, torchvision, faster."""
 
 from . import ops
 from ._dispatch import available_backends, use_backend
+from ._version import __version__
 
-__version__ = "0.1.0"
+__all__ = ["FusedViT", "__version__", "available_backends", "ops", "use_backend"]
 
-__all__ = ["available_backends", "ops", "use_backend"]
+
+def __getattr__(name: str):
+    """The models are imported at first use, to keep the import of the operators short."""
+    if name == "FusedViT":
+        from .models import FusedViT
+
+        return FusedViT
+    raise AttributeError(f"module 'vitkernels' has no attribute {name!r}")

@@ -1,9 +1,13 @@
-"""Argument checks of the public functions: one sentence with operator, argument, what was expected and what came."""
+"""Argument checks of the public functions.
+
+Each failure is one sentence: operator, argument, what was expected and what came.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
@@ -12,13 +16,14 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def fail(
     op: str, arg: str, expected: str, got: object, error: type[Exception] = ValueError
-) -> None:
+) -> NoReturn:
     raise error(f"{op}: {arg} must be {expected}, got {got}")
 
 
 def describe(value: object) -> str:
     if isinstance(value, torch.Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     return f"{type(value).__name__} {value!r}"
 
 
@@ -33,7 +38,7 @@ def tensor(
     shape: Sequence[int] | None = None,
     meaning: str = "",
 ) -> None:
-    """A dense tensor of one of `dtypes`, on the device of `like`, with this rank or shape (`meaning` names the dims)."""
+    """A dense tensor of one of `dtypes` on the device of `like`; `meaning` names its dims."""
     names = "/".join(str(d).removeprefix("torch.") for d in dtypes)
     if not isinstance(value, torch.Tensor):
         fail(op, arg, f"a {names} tensor", describe(value), TypeError)

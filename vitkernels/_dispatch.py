@@ -1,9 +1,10 @@
 """The only dispatch code: declare raw operators, choose a backend, force one.
 
-An operator's slice declares each raw operator once, as data: a schema string, a fake (shapes and dtypes of the outputs)
-and the reference implementation. `declare` makes one default overload (what `auto` records in traced and exported
-graphs) and one overload per kernel backend. The `torch` backend is no overload: it is a composition of stock PyTorch
-operators that autograd and torch.compile see through.
+An operator's slice declares each raw operator once, as data: a schema string, a fake (shapes and
+dtypes of the outputs) and the reference implementation. `declare` makes one default overload (what
+`auto` records in traced and exported graphs) and one overload per kernel backend. The `torch`
+backend is no overload: it is a composition of stock PyTorch operators that autograd and
+torch.compile see through.
 """
 
 from __future__ import annotations
@@ -22,21 +23,31 @@ import torch
 from . import _native
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KERNEL_BACKENDS = ("cpu", "cuda", "triton", "reference")  # those with an overload of each raw operator
+KERNEL_BACKENDS = (
+    "cpu",
+    "cuda",
+    "triton",
+    "reference",
+)  # those with an overload of each raw operator
 BACKEND_NAMES = ("cpu", "cuda", "triton", "torch", "reference")
 
 _LIBRARY = torch.library.Library("vitkernels", "DEF")
-_forced: str | None = None  # set by use_backend; a module global because torch.compile can guard on it
+_forced: str | None = (
+    None  # set by use_backend; a module global because torch.compile can guard on it
+)
 
 
-# --- declaring raw operators ------------------------------------------------------------------------------------------
+# --- declaring raw operators ----------------------------------------------------------------------
 
 
-def declare(name: str, schema: str, *, fake: Callable, reference: Callable, triton_module: str) -> None:
+def declare(
+    name: str, schema: str, *, fake: Callable, reference: Callable, triton_module: str
+) -> None:
     """Define `vitkernels::name` with its default overload and one overload per kernel backend.
 
-    schema: everything after the name, e.g. "(Tensor x) -> Tensor". `triton_module` is imported at the first call of the
-    Triton overload (importing triton costs 150 ms). C++ registers its own overloads when its library is loaded.
+    schema: everything after the name, e.g. "(Tensor x) -> Tensor". `triton_module` is imported at
+    the first call of the Triton overload (importing triton costs 150 ms). C++ registers its own
+    overloads when its library is loaded.
     """
     reference = _without_autocast(reference)
     triton = _lazy(triton_module, name)
@@ -48,7 +59,9 @@ def declare(name: str, schema: str, *, fake: Callable, reference: Callable, trit
     for device in _native.devices["triton"]:
         _LIBRARY.impl(f"{name}.triton", triton, device.upper())
     _LIBRARY.impl(name, _preferred_kernel(name), "CUDA")
-    if _native.missing["cpu"] is not None:  # the C++ library registers the default overload for CPU itself
+    if (
+        _native.missing["cpu"] is not None
+    ):  # the C++ library registers the default overload for CPU itself
         _LIBRARY.impl(name, reference, "CPU")
 
 
@@ -66,7 +79,7 @@ def _lazy(module: str, name: str) -> Callable:
 
 
 def _without_autocast(fn: Callable) -> Callable:
-    """A raw operator computes in the dtypes it is given; autocast was read by the public function."""
+    """A raw operator computes in the dtypes given; the public function has read autocast."""
 
     @functools.wraps(fn)
     def call(*args):
@@ -80,7 +93,7 @@ def _without_autocast(fn: Callable) -> Callable:
 
 
 def _preferred_kernel(name: str) -> Callable:
-    """What the default overload runs on CUDA: the recorded winner, else the reference (exported graphs only)."""
+    """What the default overload runs on CUDA: the recorded winner, else the reference."""
 
     def call(*args):
         device = next(a for a in args if isinstance(a, torch.Tensor)).device
@@ -89,18 +102,20 @@ def _preferred_kernel(name: str) -> Callable:
     return call
 
 
-# --- choosing ---------------------------------------------------------------------------------------------------------
+# --- choosing -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One row of an operator's BACKENDS table. `limit` maps the facts of a call to the reason it cannot be served."""
+    """One row of an operator's BACKENDS table; `limit` maps a call's facts to a refusal."""
 
     name: str
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
     limit: Callable[..., str | None] | None = None
 
-    def refusal(self, device: torch.device, dtypes: tuple[torch.dtype, ...], facts: dict) -> str | None:
+    def refusal(
+        self, device: torch.device, dtypes: tuple[torch.dtype, ...], facts: dict
+    ) -> str | None:
         if _native.missing[self.name] is not None:
             return _native.missing[self.name]
         if device.type not in _native.devices[self.name]:
@@ -121,7 +136,8 @@ def choose(
 ) -> str:
     """The backend that serves this call: "auto" (the default overload), or a name from the table.
 
-    A request by argument or `use_backend` is served or refused with every backend's reason, never replaced.
+    A request by argument or `use_backend` is served or refused with every backend's reason, never
+    replaced.
     """
     name = requested if requested is not None else _forced
     if device.type == "meta":
@@ -152,21 +168,27 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# --- hardware records -------------------------------------------------------------------------------------------------
+# --- hardware records -----------------------------------------------------------------------------
 
 
 def _load_records() -> dict[str, dict[str, str]]:
-    """{"sm_90": {"add_layer_norm": "cuda"}}: which kernel passed and won where. Shipped ones, then the user's own."""
+    """{"sm_90": {"add_layer_norm": "cuda"}}: what won where; shipped ones, then the user's."""
     records: dict[str, dict[str, str]] = {}
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitkernels"
-    for path in (*sorted((Path(__file__).parent / "records").glob("*.json")), cache / "records.json"):
+    for path in (
+        *sorted((Path(__file__).parent / "records").glob("*.json")),
+        cache / "records.json",
+    ):
         try:
             for arch, winners in json.loads(path.read_text()).items():
                 records.setdefault(arch, {}).update(winners)
         except FileNotFoundError:
             continue
         except (OSError, ValueError, AttributeError) as error:
-            warnings.warn(f"vitkernels: hardware record {path.name} is unreadable, ignored: {error}", stacklevel=2)
+            warnings.warn(
+                f"vitkernels: hardware record {path.name} is unreadable, ignored: {error}",
+                stacklevel=2,
+            )
     return records
 
 
@@ -175,7 +197,7 @@ _hinted = False
 
 
 def recorded_winner(op: str, device: torch.device) -> str | None:
-    """The kernel backend that has a hardware record for this operator on this GPU, or None (one hint per process)."""
+    """The kernel that has a hardware record for this operator on this GPU, or None."""
     if device.type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -191,24 +213,29 @@ def _hint(arch: str) -> None:
         _hinted = True
         warnings.warn(
             f"vitkernels: no kernel has a hardware record for {arch} yet, so stock PyTorch runs. "
-            "use_backend('triton') or use_backend('cuda') forces a kernel; `vitkernels tune` will make the record.",
+            "use_backend('triton') or use_backend('cuda') forces a kernel; "
+            "`vitkernels tune` will make the record.",
             stacklevel=4,
         )
 
 
-# --- forcing ----------------------------------------------------------------------------------------------------------
+# --- forcing --------------------------------------------------------------------------------------
 
 
-class use_backend:  # noqa: N801 - used like a function
-    """Force one backend for every vitkernels operator inside a `with` block: `with use_backend("triton"): ...`.
+class use_backend:
+    """Force one backend for every vitkernels operator inside a `with` block: `with
+    use_backend("triton"): ...`.
 
-    name: "cpu", "cuda", "triton", "torch" or "reference"; None or "auto" gives the choice back. A call that the backend
-    cannot serve raises ValueError with every backend's reason. Applies to the whole process, not to one thread.
+    name: "cpu", "cuda", "triton", "torch" or "reference"; None or "auto" gives the choice back. A
+    call that the backend cannot serve raises ValueError with every backend's reason. Applies to the
+    whole process, not to one thread.
     """
 
     def __init__(self, name: str | None):
         if name is not None and name != "auto" and name not in BACKEND_NAMES:
-            raise ValueError(f"use_backend: name must be one of {[*BACKEND_NAMES, 'auto']}, got {name!r}")
+            raise ValueError(
+                f"use_backend: name must be one of {[*BACKEND_NAMES, 'auto']}, got {name!r}"
+            )
         self.name = None if name == "auto" else name
 
     def __enter__(self) -> use_backend:
@@ -227,7 +254,7 @@ def available_backends() -> list[str]:
     return [name for name in BACKEND_NAMES if _native.missing[name] is None]
 
 
-# --- what the operators' public functions share -----------------------------------------------------------------------
+# --- what the operators' public functions share ---------------------------------------------------
 
 
 def needs_autograd(*tensors: torch.Tensor | None) -> bool:

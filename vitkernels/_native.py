@@ -1,7 +1,7 @@
 """Finds and loads the compiled libraries, and remembers why one is missing.
 
-Nothing here raises: a missing compiler, library or GPU leaves the other backends working, and `vitkernels info`
-prints what this module learned.
+Nothing here raises: a missing compiler, library or GPU leaves the other backends working, and
+`vitkernels info` prints what this module learned.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def _load(name: str, how_to_build: str) -> str | None:
 def _load_cuda() -> str | None:
     if EMULATE:
         return _load("vitkernels_emu", "VITKERNELS_EMULATE=1 needs it: make build")
-    reason = _load("vitkernels_cuda", "needs nvcc at build time: install the CUDA toolkit, then make build")
+    reason = _load(
+        "vitkernels_cuda", "needs nvcc at build time: install the CUDA toolkit, then make build"
+    )
     if reason is None and not torch.cuda.is_available():
         return "no NVIDIA GPU is visible to torch"
     return reason
@@ -47,12 +49,16 @@ def _find_triton() -> str | None:
         return "the triton package is not installed (pip install triton)"
     if INTERPRET or torch.cuda.is_available():
         return None
-    return "no NVIDIA GPU is visible to torch (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    return (
+        "no NVIDIA GPU is visible to torch (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    )
 
 
 # backend -> None when it can run here, else the reason. "torch" and "reference" always can.
 missing: dict[str, str | None] = {
-    "cpu": _load("vitkernels_cpu", "needs g++ at build time: install g++ and make, then make build"),
+    "cpu": _load(
+        "vitkernels_cpu", "needs g++ at build time: install g++ and make, then make build"
+    ),
     "cuda": _load_cuda(),
     "triton": _find_triton(),
     "torch": None,
@@ -70,7 +76,7 @@ devices: dict[str, tuple[str, ...]] = {
 
 
 def build_facts():
-    """The `vitkernels._C` module (build facts, CPU features, launch plans), or None where it was not built."""
+    """`vitkernels._C` (build facts, CPU features, launch plans), or None where it is not built."""
     try:
         from vitkernels import _C
     except ImportError:

@@ -1,4 +1,5 @@
-// Launchers of add_layer_norm and layer_norm_add on the CPU: cheap checks, outputs, fixed chunks of rows, registration.
+// Launchers of add_layer_norm and layer_norm_add on the CPU: cheap checks, outputs, fixed chunks of
+// rows, registration.
 #include <algorithm>
 #include <cmath>
 #include <tuple>
@@ -24,7 +25,8 @@ RowsArg output(const Tensor& t, int64_t C, const char* op) {
 RowsArg absent(DType dtype = DType::kF32) { return {nullptr, 0, dtype}; }
 
 // A parameter of C values as contiguous fp32, or null; `owner` keeps a converted copy alive.
-const float* as_float(const OptTensor& t, int64_t C, const char* op, const char* name, OptTensor* owner) {
+const float* as_float(const OptTensor& t, int64_t C, const char* op, const char* name,
+                      OptTensor* owner) {
   if (!t.has_value()) return nullptr;
   VK_CHECK(t->numel() == C, op, name, " must have ", C, " elements, got ", t->numel());
   *owner = torch::stable::contiguous(torch::stable::to(*t, ScalarType::Float));
@@ -35,9 +37,10 @@ struct Parameters {
   OptTensor weight, bias, gamma, row_scale;  // fp32 owners of the pointers handed to kernels
 };
 
-// The same for LayerNorm's weight and bias, which the kernels always read: an absent one is `value` everywhere.
-const float* as_float_or(const OptTensor& t, float value, const Tensor& like, int64_t C, const char* op,
-                         const char* name, OptTensor* owner) {
+// The same for LayerNorm's weight and bias, which the kernels always read: an absent one is `value`
+// everywhere.
+const float* as_float_or(const OptTensor& t, float value, const Tensor& like, int64_t C,
+                         const char* op, const char* name, OptTensor* owner) {
   if (t.has_value()) return as_float(t, C, op, name, owner);
   *owner = empty_like_shape(like, {C}, ScalarType::Float);
   float* data = static_cast<float*>((*owner)->mutable_data_ptr());
@@ -45,8 +48,9 @@ const float* as_float_or(const OptTensor& t, float value, const Tensor& like, in
   return data;
 }
 
-BranchArgs branch_args(const OptTensor& gamma, const OptTensor& row_scale, const OptTensor& seed, double dropout_p,
-                       const Tensor& x, int64_t rows, const char* op, Parameters* owners) {
+BranchArgs branch_args(const OptTensor& gamma, const OptTensor& row_scale, const OptTensor& seed,
+                       double dropout_p, const Tensor& x, int64_t rows, const char* op,
+                       Parameters* owners) {
   const int64_t C = x.size(x.dim() - 1), B = x.size(0);
   BranchArgs branch{};
   branch.gamma = as_float(gamma, C, op, "gamma", &owners->gamma);
@@ -74,13 +78,14 @@ std::vector<int64_t> rows_shape(const Tensor& x) {
 void run_forward(const NormForwardArgs& args, int64_t rows,
                  void (*kernel)(const NormForwardArgs&, int64_t, int64_t)) {
   const int64_t grain = std::max<int64_t>(1, kForwardGrain / args.C);
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  torch::stable::parallel_for(0, rows, grain,
+                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-// Runs the backward over fixed chunks of rows, each with its own sums, then adds the chunks up in order. `outputs` are
-// dweight, dbias and dgamma; absent ones are skipped.
-void run_backward(NormBackwardArgs args, int64_t rows, const Tensor& like, const OptTensor (&outputs)[3],
-                  const char* op) {
+// Runs the backward over fixed chunks of rows, each with its own sums, then adds the chunks up in
+// order. `outputs` are dweight, dbias and dgamma; absent ones are skipped.
+void run_backward(NormBackwardArgs args, int64_t rows, const Tensor& like,
+                  const OptTensor (&outputs)[3], const char* op) {
   const int64_t C = args.C;
   const int64_t chunk = std::max(kChunkRows, (rows + kMaxChunks - 1) / kMaxChunks);
   const int64_t chunks = (rows + chunk - 1) / chunk;
@@ -102,13 +107,14 @@ void run_backward(NormBackwardArgs args, int64_t rows, const Tensor& like, const
   });
   for (int which = 0; which < 3; ++which) {
     if (!outputs[which].has_value()) continue;
-    kernels().sum_partials(base + which * chunks * C, chunks, C, output(*outputs[which], C, op), 0, C);
+    kernels().sum_partials(base + which * chunks * C, chunks, C, output(*outputs[which], C, op), 0,
+                           C);
   }
 }
 
 std::tuple<Tensor, OptTensor, Tensor, Tensor> add_layer_norm_fwd(
-    Tensor x, OptTensor residual, OptTensor weight, OptTensor bias, OptTensor gamma, OptTensor row_scale,
-    OptTensor seed, double dropout_p, double eps, ScalarType out_dtype) {
+    Tensor x, OptTensor residual, OptTensor weight, OptTensor bias, OptTensor gamma,
+    OptTensor row_scale, OptTensor seed, double dropout_p, double eps, ScalarType out_dtype) {
   const char* op = "add_layer_norm_fwd";
   const Rows x_rows = as_rows(x, op, "x");
   const int64_t C = x.size(x.dim() - 1);
@@ -140,11 +146,12 @@ std::tuple<Tensor, OptTensor, Tensor, Tensor> add_layer_norm_fwd(
 }
 
 std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> add_layer_norm_bwd(
-    OptTensor dy, OptTensor dnew_residual, Tensor z, Tensor mean, Tensor rstd, OptTensor x, OptTensor weight,
-    OptTensor bias, OptTensor gamma, OptTensor row_scale, OptTensor seed, double dropout_p, ScalarType x_dtype,
-    std::vector<bool> output_mask) {
+    OptTensor dy, OptTensor dnew_residual, Tensor z, Tensor mean, Tensor rstd, OptTensor x,
+    OptTensor weight, OptTensor bias, OptTensor gamma, OptTensor row_scale, OptTensor seed,
+    double dropout_p, ScalarType x_dtype, std::vector<bool> output_mask) {
   const char* op = "add_layer_norm_bwd";
-  VK_CHECK(output_mask.size() == 5, op, "output_mask must have 5 entries, got ", output_mask.size());
+  VK_CHECK(output_mask.size() == 5, op, "output_mask must have 5 entries, got ",
+           output_mask.size());
   const int64_t C = z.size(z.dim() - 1);
   const Rows z_rows = as_rows(z, op, "z");
   Parameters owners;
@@ -152,7 +159,8 @@ std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> add_layer_norm
   std::optional<Rows> dy_rows, dz_rows, x_rows;
   const auto made = [&](int i, const OptTensor& like) -> OptTensor {
     if (!output_mask[i]) return std::nullopt;
-    VK_CHECK(like.has_value(), op, "output_mask asks for the gradient of an argument that is absent");
+    VK_CHECK(like.has_value(), op,
+             "output_mask asks for the gradient of an argument that is absent");
     return empty_like_shape(z, shape_of(*like), like->scalar_type());
   };
   OptTensor dx, dresidual;
@@ -187,8 +195,9 @@ std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> add_layer_norm
   return {dx, dresidual, sums[0], sums[1], sums[2]};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_add_fwd(Tensor x, Tensor residual, OptTensor weight, OptTensor bias,
-                                                      OptTensor row_scale, double eps) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_add_fwd(Tensor x, Tensor residual, OptTensor weight,
+                                                      OptTensor bias, OptTensor row_scale,
+                                                      double eps) {
   const char* op = "layer_norm_add_fwd";
   check_same_shape(x, residual, op, "residual");
   const int64_t C = x.size(x.dim() - 1);
@@ -205,18 +214,21 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_add_fwd(Tensor x, Tensor residual,
   args.bias = as_float_or(bias, 0.0f, mean, C, op, "bias", &owners.bias);
   args.mean = static_cast<float*>(mean.mutable_data_ptr());
   args.rstd = static_cast<float*>(rstd.mutable_data_ptr());
-  args.branch = branch_args(std::nullopt, row_scale, std::nullopt, 0.0, x, x_rows.rows, op, &owners);
+  args.branch =
+      branch_args(std::nullopt, row_scale, std::nullopt, 0.0, x, x_rows.rows, op, &owners);
   args.C = C;
   args.eps = static_cast<float>(eps);
   run_forward(args, x_rows.rows, kernels().post_forward);
   return {out, mean, rstd};
 }
 
-std::tuple<OptTensor, OptTensor, OptTensor> layer_norm_add_bwd(Tensor dout, Tensor x, Tensor mean, Tensor rstd,
-                                                               OptTensor weight, OptTensor bias, OptTensor row_scale,
+std::tuple<OptTensor, OptTensor, OptTensor> layer_norm_add_bwd(Tensor dout, Tensor x, Tensor mean,
+                                                               Tensor rstd, OptTensor weight,
+                                                               OptTensor bias, OptTensor row_scale,
                                                                std::vector<bool> output_mask) {
   const char* op = "layer_norm_add_bwd";
-  VK_CHECK(output_mask.size() == 3, op, "output_mask must have 3 entries, got ", output_mask.size());
+  VK_CHECK(output_mask.size() == 3, op, "output_mask must have 3 entries, got ",
+           output_mask.size());
   check_same_shape(x, dout, op, "dout");
   const int64_t C = x.size(x.dim() - 1);
   const Rows x_rows = as_rows(x, op, "x"), dout_rows = as_rows(dout, op, "dout");
@@ -232,7 +244,8 @@ std::tuple<OptTensor, OptTensor, OptTensor> layer_norm_add_bwd(Tensor dout, Tens
   args.weight = as_float_or(weight, 1.0f, mean, C, op, "weight", &owners.weight);
   args.mean = static_cast<const float*>(mean.const_data_ptr());
   args.rstd = static_cast<const float*>(rstd.const_data_ptr());
-  args.branch = branch_args(std::nullopt, row_scale, std::nullopt, 0.0, x, x_rows.rows, op, &owners);
+  args.branch =
+      branch_args(std::nullopt, row_scale, std::nullopt, 0.0, x, x_rows.rows, op, &owners);
   args.dy_row_scale = args.branch.row_scale;
   args.branch.row_scale = nullptr;  // the factor acts on dout, not on dx
   args.C = C;

@@ -8,7 +8,8 @@
 
 namespace vitkernels {
 
-// The branch: row_scale[b] * gamma * dropout(x), b = row / rows_per_sample. Null pointers stand for 1.
+// The branch: row_scale[b] * gamma * dropout(x), b = row / rows_per_sample. Null pointers stand
+// for 1.
 struct BranchArgs {
   const float* gamma;
   const float* row_scale;
@@ -26,7 +27,7 @@ struct RowsArg {
 };
 
 struct NormForwardArgs {
-  RowsArg x, residual, y, z;  // z is new_residual; residual and z are absent for plain LayerNorm
+  RowsArg x, residual, y, z;   // z is new_residual; residual and z are absent for plain LayerNorm
   const float *weight, *bias;  // always present
   float *mean, *rstd;
   BranchArgs branch;
@@ -47,11 +48,14 @@ struct NormBackwardArgs {
 
 // Each function works on rows [begin, end); backward adds its weight gradients to the chunk's sums.
 struct AddLayerNormTable {
-  void (*forward)(const NormForwardArgs&, int64_t begin, int64_t end);       // y = LayerNorm(residual + branch)
-  void (*post_forward)(const NormForwardArgs&, int64_t begin, int64_t end);  // y = residual + LayerNorm(x) * row_scale
+  void (*forward)(const NormForwardArgs&, int64_t begin,
+                  int64_t end);  // y = LayerNorm(residual + branch)
+  void (*post_forward)(const NormForwardArgs&, int64_t begin,
+                       int64_t end);  // y = residual + LayerNorm(x) * row_scale
   void (*backward)(const NormBackwardArgs&, int64_t begin, int64_t end);
   // out[c] = sum of partials[i * C + c] over i, in order, for columns [begin, end).
-  void (*sum_partials)(const float* partials, int64_t count, int64_t C, RowsArg out, int64_t begin, int64_t end);
+  void (*sum_partials)(const float* partials, int64_t count, int64_t C, RowsArg out, int64_t begin,
+                       int64_t end);
 };
 
 VK_DECLARE_TABLES(AddLayerNormTable, add_layer_norm)

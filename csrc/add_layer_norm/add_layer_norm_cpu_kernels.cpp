@@ -1,9 +1,10 @@
 // add_layer_norm and layer_norm_add on the CPU, compiled once per instruction set (VK_ISA).
 //
-// A row is read once and kept as fp32 in a buffer of the L1 cache: first pass sum (forward) or the two inner products
-// (backward), last pass output. Every activation crosses memory once, so the floor is cost()'s bytes over bandwidth; at
-// C = 384 a row is 24 AVX-512 vectors and the arithmetic hides behind the loads.
-// Statistics are two-pass in fp32. The order of every sum depends on C and on the chunk of rows alone, never on threads.
+// A row is read once and kept as fp32 in a buffer of the L1 cache: first pass sum (forward) or the
+// two inner products (backward), last pass output. Every activation crosses memory once, so the
+// floor is cost()'s bytes over bandwidth; at C = 384 a row is 24 AVX-512 vectors and the arithmetic
+// hides behind the loads. Statistics are two-pass in fp32. The order of every sum depends on C and
+// on the chunk of rows alone, never on threads.
 #include "add_layer_norm/add_layer_norm_cpu.h"
 #include "common/cpu_vec.h"
 #include "common/philox.h"
@@ -11,13 +12,16 @@
 namespace vitkernels {
 namespace {
 
-constexpr int kUnroll = 4;  // independent accumulators of a row sum: hides the latency of the vector add
-// Rows that go through a pass together: while one row's sum, division and square root are on their way, the next row's
-// loads run (76 -> 45 ns a row at C = 384, bf16). Wide rows go alone, so that the buffers stay in the L1 cache.
+constexpr int kUnroll =
+    4;  // independent accumulators of a row sum: hides the latency of the vector add
+// Rows that go through a pass together: while one row's sum, division and square root are on their
+// way, the next row's loads run (76 -> 45 ns a row at C = 384, bf16). Wide rows go alone, so that
+// the buffers stay in the L1 cache.
 constexpr int kRowBlock = 4;
 constexpr int64_t kRowBlockElements = 4096;
 
-// fp32 buffers: `a` and `b` hold what the next pass needs of each row of a block, `keep` the dropout factors of one row.
+// fp32 buffers: `a` and `b` hold what the next pass needs of each row of a block, `keep` the
+// dropout factors of one row.
 struct Scratch {
   explicit Scratch(int64_t C)
       : size((C + kVec - 1) / kVec * kVec),
@@ -45,7 +49,8 @@ VK_INLINE float scale_of(const float* row_scale, const BranchArgs& branch, int64
 }
 
 // The branch's per-column factor of this row: gamma, dropout, both, or null for 1.
-VK_INLINE const float* multiplier_of(const BranchArgs& branch, int64_t row, int64_t C, Scratch& scratch) {
+VK_INLINE const float* multiplier_of(const BranchArgs& branch, int64_t row, int64_t C,
+                                     Scratch& scratch) {
   if (branch.dropout_scale == 0.0f) return branch.gamma;
   const Dropout dropout{branch.seed, branch.threshold, branch.dropout_scale, true};
   dropout_factors(dropout, static_cast<uint64_t>(row * C), C, scratch.keep());
@@ -79,13 +84,17 @@ VK_INLINE Vec first_n(Vec v, int n) {
   return load(lanes);
 }
 
-// --- forward ----------------------------------------------------------------------------------------------------------
+// --- forward
+// ----------------------------------------------------------------------------------------------------------
 
-using RowPass = float (*)(const NormForwardArgs&, int64_t row, float scale, const float* multiplier, float* z);
+using RowPass = float (*)(const NormForwardArgs&, int64_t row, float scale, const float* multiplier,
+                          float* z);
 
-// z = residual + scale * multiplier * x into the buffer and into new_residual; returns the row's sum.
+// z = residual + scale * multiplier * x into the buffer and into new_residual; returns the row's
+// sum.
 template <class X, class R, bool kMultiply>
-float add_row(const NormForwardArgs& args, int64_t row, float scale, const float* multiplier, float* z) {
+float add_row(const NormForwardArgs& args, int64_t row, float scale, const float* multiplier,
+              float* z) {
   const X* x = row_of<X>(args.x, row);
   const R* residual = row_of<R>(args.residual, row);
   R* out = row_of<R>(args.z, row);
@@ -140,10 +149,12 @@ VK_INLINE float reciprocal_std(const float* z, int64_t C, float mean, float eps)
   return 1.0f / __builtin_sqrtf(squares.total() / static_cast<float>(C) + eps);
 }
 
-using WritePass = void (*)(const NormForwardArgs&, int64_t row, float scale, const float* z, float mean, float rstd);
+using WritePass = void (*)(const NormForwardArgs&, int64_t row, float scale, const float* z,
+                           float mean, float rstd);
 
 template <class Y>
-void write_normalized(const NormForwardArgs& args, int64_t row, float, const float* z, float mean, float rstd) {
+void write_normalized(const NormForwardArgs& args, int64_t row, float, const float* z, float mean,
+                      float rstd) {
   Y* y = row_of<Y>(args.y, row);
   const float *weight = args.weight, *bias = args.bias;
   const Vec centre = splat(mean), factor = splat(rstd);
@@ -154,7 +165,8 @@ void write_normalized(const NormForwardArgs& args, int64_t row, float, const flo
 }
 
 template <class R>
-void write_post(const NormForwardArgs& args, int64_t row, float scale, const float* z, float mean, float rstd) {
+void write_post(const NormForwardArgs& args, int64_t row, float scale, const float* z, float mean,
+                float rstd) {
   R* y = row_of<R>(args.y, row);
   const R* residual = row_of<R>(args.residual, row);
   const float *weight = args.weight, *bias = args.bias;
@@ -162,12 +174,14 @@ void write_post(const NormForwardArgs& args, int64_t row, float scale, const flo
   for_row(args.C, [=](int64_t c, int n, int) {
     Vec out = load_or(residual + c, n);
     const Vec xhat = (load(z + c) - centre) * factor;
-    if (scale != 0.0f) out = fma(fma(xhat, load_or(weight + c, n), load_or(bias + c, n)), sample, out);
+    if (scale != 0.0f)
+      out = fma(fma(xhat, load_or(weight + c, n), load_or(bias + c, n)), sample, out);
     store_or(y + c, out, n);
   });
 }
 
-void forward_rows(const NormForwardArgs& args, int64_t begin, int64_t end, RowPass add, RowPass keep, WritePass write) {
+void forward_rows(const NormForwardArgs& args, int64_t begin, int64_t end, RowPass add,
+                  RowPass keep, WritePass write) {
   Scratch scratch(args.C);
   float scale[kRowBlock], mean[kRowBlock], rstd[kRowBlock];
   for (int64_t first = begin; first < end; first += scratch.rows) {
@@ -176,11 +190,13 @@ void forward_rows(const NormForwardArgs& args, int64_t begin, int64_t end, RowPa
       const int64_t row = first + i;
       scale[i] = scale_of(args.branch.row_scale, args.branch, row);
       const bool dropped = keep != nullptr && scale[i] == 0.0f;
-      const float* multiplier = dropped || keep == nullptr ? nullptr : multiplier_of(args.branch, row, args.C, scratch);
+      const float* multiplier =
+          dropped || keep == nullptr ? nullptr : multiplier_of(args.branch, row, args.C, scratch);
       const float sum = (dropped ? keep : add)(args, row, scale[i], multiplier, scratch.a(i));
       mean[i] = sum / static_cast<float>(args.C);
     }
-    for (int i = 0; i < rows; ++i) rstd[i] = reciprocal_std(scratch.a(i), args.C, mean[i], args.eps);
+    for (int i = 0; i < rows; ++i)
+      rstd[i] = reciprocal_std(scratch.a(i), args.C, mean[i], args.eps);
     for (int i = 0; i < rows; ++i) {
       args.mean[first + i] = mean[i];
       args.rstd[first + i] = rstd[i];
@@ -192,7 +208,8 @@ void forward_rows(const NormForwardArgs& args, int64_t begin, int64_t end, RowPa
 template <class X>
 RowPass pick_add(const NormForwardArgs& args) {
   const bool multiply = args.branch.gamma != nullptr || args.branch.dropout_scale != 0.0f;
-  VK_SWITCH_FLOAT(args.residual.dtype, return multiply ? add_row<X, scalar_t, true> : add_row<X, scalar_t, false>);
+  VK_SWITCH_FLOAT(args.residual.dtype,
+                  return multiply ? add_row<X, scalar_t, true> : add_row<X, scalar_t, false>);
   return nullptr;
 }
 
@@ -217,7 +234,8 @@ void post_forward(const NormForwardArgs& args, int64_t begin, int64_t end) {
   forward_rows(args, begin, end, read, nullptr, write);
 }
 
-// --- backward ---------------------------------------------------------------------------------------------------------
+// --- backward
+// ---------------------------------------------------------------------------------------------------------
 
 struct RowMeans {
   float wdy, wdy_xhat;  // mean(weight * dy) and mean(weight * dy * xhat)
@@ -225,7 +243,8 @@ struct RowMeans {
 
 using GradPass = RowMeans (*)(const NormBackwardArgs&, int64_t row, float* xhat, float* wdy);
 
-// xhat and weight * dy into the buffers, the chunk's dweight and dbias, and the two means of the LayerNorm backward.
+// xhat and weight * dy into the buffers, the chunk's dweight and dbias, and the two means of the
+// LayerNorm backward.
 template <class Y, class Z>
 RowMeans normalize_grad(const NormBackwardArgs& args, int64_t row, float* xhat, float* wdy) {
   const Y* dy = row_of<Y>(args.dy, row);
@@ -250,13 +269,14 @@ RowMeans normalize_grad(const NormBackwardArgs& args, int64_t row, float* xhat, 
   return {first.total() / C, second.total() / C};
 }
 
-using OutPass = void (*)(const NormBackwardArgs&, int64_t row, RowMeans means, const float* xhat, const float* wdy,
-                         const float* multiplier, const float* keep);
+using OutPass = void (*)(const NormBackwardArgs&, int64_t row, RowMeans means, const float* xhat,
+                         const float* wdy, const float* multiplier, const float* keep);
 
-// g = dz + rstd * (wdy - mean(wdy) - xhat * mean(wdy * xhat)); dresidual = g; dx = branch factor * g; dgamma += g * branch.
+// g = dz + rstd * (wdy - mean(wdy) - xhat * mean(wdy * xhat)); dresidual = g; dx = branch factor *
+// g; dgamma += g * branch.
 template <class Z, class X>
-void write_grads(const NormBackwardArgs& args, int64_t row, RowMeans means, const float* xhat, const float* wdy,
-                 const float* multiplier, const float* keep) {
+void write_grads(const NormBackwardArgs& args, int64_t row, RowMeans means, const float* xhat,
+                 const float* wdy, const float* multiplier, const float* keep) {
   const Z* dz = args.dz.data == nullptr ? nullptr : row_of<Z>(args.dz, row);
   Z* dresidual = args.dresidual.data == nullptr ? nullptr : row_of<Z>(args.dresidual, row);
   X* dx = args.dx.data == nullptr ? nullptr : row_of<X>(args.dx, row);
@@ -305,15 +325,18 @@ void backward(const NormBackwardArgs& args, int64_t begin, int64_t end) {
   RowMeans means[kRowBlock] = {};
   for (int64_t first = begin; first < end; first += scratch.rows) {
     const int rows = end - first < scratch.rows ? static_cast<int>(end - first) : scratch.rows;
-    for (int i = 0; i < rows && grad != nullptr; ++i) means[i] = grad(args, first + i, scratch.a(i), scratch.b(i));
+    for (int i = 0; i < rows && grad != nullptr; ++i)
+      means[i] = grad(args, first + i, scratch.a(i), scratch.b(i));
     for (int i = 0; i < rows; ++i) {
       const float* multiplier = multiplier_of(args.branch, first + i, args.C, scratch);
-      out(args, first + i, means[i], scratch.a(i), scratch.b(i), multiplier, dropout ? scratch.keep() : nullptr);
+      out(args, first + i, means[i], scratch.a(i), scratch.b(i), multiplier,
+          dropout ? scratch.keep() : nullptr);
     }
   }
 }
 
-void sum_partials(const float* partials, int64_t count, int64_t C, RowsArg out, int64_t begin, int64_t end) {
+void sum_partials(const float* partials, int64_t count, int64_t C, RowsArg out, int64_t begin,
+                  int64_t end) {
   for (int64_t c = begin; c < end; c += kVec) {
     const int n = end - c < kVec ? static_cast<int>(end - c) : kVec;
     Vec total{}, lost{};  // Kahan: the number of chunks does not show in the result

@@ -1,7 +1,7 @@
 // Which instruction set the CPU kernels use, decided once per process.
 //
-// Kernel files are compiled once per level, with VK_ISA set to the level's name; each exports one table accessor,
-// VK_ISA_TABLE(<op>). The launcher picks a table with VK_PICK_TABLE(<op>).
+// Kernel files are compiled once per level, with VK_ISA set to the level's name; each exports one
+// table accessor, VK_ISA_TABLE(<op>). The launcher picks a table with VK_PICK_TABLE(<op>).
 #pragma once
 
 namespace vitkernels {
@@ -19,15 +19,15 @@ const char* cpu_isa_name(CpuIsa isa);
 #define VK_ISA_TABLE(op) VK_CONCAT(op##_table, VK_ISA)
 
 #if defined(__x86_64__)
-#define VK_DECLARE_TABLES(Table, op)   \
-  const Table& op##_table_portable();  \
-  const Table& op##_table_avx2();      \
-  const Table& op##_table_avx512();    \
+#define VK_DECLARE_TABLES(Table, op)  \
+  const Table& op##_table_portable(); \
+  const Table& op##_table_avx2();     \
+  const Table& op##_table_avx512();   \
   const Table& op##_table_avx512bf16();
-#define VK_PICK_TABLE(op)                                                                      \
-  (::vitkernels::cpu_isa() == ::vitkernels::CpuIsa::kAvx512Bf16 ? op##_table_avx512bf16()      \
-   : ::vitkernels::cpu_isa() == ::vitkernels::CpuIsa::kAvx512   ? op##_table_avx512()          \
-   : ::vitkernels::cpu_isa() == ::vitkernels::CpuIsa::kAvx2     ? op##_table_avx2()            \
+#define VK_PICK_TABLE(op)                                                                 \
+  (::vitkernels::cpu_isa() == ::vitkernels::CpuIsa::kAvx512Bf16 ? op##_table_avx512bf16() \
+   : ::vitkernels::cpu_isa() == ::vitkernels::CpuIsa::kAvx512   ? op##_table_avx512()     \
+   : ::vitkernels::cpu_isa() == ::vitkernels::CpuIsa::kAvx2     ? op##_table_avx2()       \
                                                                 : op##_table_portable())
 #else
 #define VK_DECLARE_TABLES(Table, op) const Table& op##_table_portable();

@@ -1,7 +1,9 @@
-// The vector layer of the CPU kernels: one float vector `Vec` of the widest width of the level, and what kernels do with it.
+// The vector layer of the CPU kernels: one float vector `Vec` of the widest width of the level, and
+// what kernels do with it.
 //
-// Compiled once per instruction set (VK_ISA); everything sits in an anonymous namespace so that no symbol of one level can
-// be picked by the linker for another. `Vec` is a GCC/Clang vector type: + - * / and comparisons are the language's own.
+// Compiled once per instruction set (VK_ISA); everything sits in an anonymous namespace so that no
+// symbol of one level can be picked by the linker for another. `Vec` is a GCC/Clang vector type: +
+// - * / and comparisons are the language's own.
 #pragma once
 
 #include <cstdint>
@@ -40,9 +42,12 @@ VK_INLINE IVec as_int(Vec x) { return reinterpret_cast<IVec>(x); }
 VK_INLINE Vec as_float(IVec x) { return reinterpret_cast<Vec>(x); }
 
 // mask lanes are 0 or -1, as vector comparisons give them.
-VK_INLINE Vec select(IVec mask, Vec yes, Vec no) { return as_float((mask & as_int(yes)) | (~mask & as_int(no))); }
+VK_INLINE Vec select(IVec mask, Vec yes, Vec no) {
+  return as_float((mask & as_int(yes)) | (~mask & as_int(no)));
+}
 
-// --- scalar conversions (tails, portable level) ---------------------------------------------------------------------
+// --- scalar conversions (tails, portable level)
+// ---------------------------------------------------------------------
 VK_INLINE float to_float(float x) { return x; }
 
 VK_INLINE float to_float(BF16 x) {
@@ -53,7 +58,8 @@ VK_INLINE float to_float(BF16 x) {
 }
 
 VK_INLINE float to_float(F16 x) {
-  const uint32_t sign = (x.bits & 0x8000u) << 16, exponent = (x.bits >> 10) & 31u, mantissa = x.bits & 0x3ffu;
+  const uint32_t sign = (x.bits & 0x8000u) << 16, exponent = (x.bits >> 10) & 31u,
+                 mantissa = x.bits & 0x3ffu;
   uint32_t bits;
   if (exponent == 31) {
     bits = sign | 0x7f800000u | (mantissa << 13);
@@ -92,18 +98,22 @@ VK_INLINE F16 from_float<F16>(float x) {
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   bits &= 0x7fffffffu;
   if (bits > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
-  if (bits >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to or above 65520
-  if (bits < 0x38800000u) {  // half denormal: adding 0.5 lines the mantissa up and rounds to nearest even
+  if (bits >= 0x477ff000u)
+    return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to or above 65520
+  if (bits <
+      0x38800000u) {  // half denormal: adding 0.5 lines the mantissa up and rounds to nearest even
     float magnitude;
     std::memcpy(&magnitude, &bits, 4);
     magnitude += 0.5f;
     std::memcpy(&bits, &magnitude, 4);
     return {static_cast<uint16_t>(sign | (bits - 0x3f000000u))};
   }
-  return {static_cast<uint16_t>(sign | ((bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13))};
+  return {
+      static_cast<uint16_t>(sign | ((bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13))};
 }
 
-// --- loads and stores; the `_n` forms touch n < kVec elements only, and zero the other lanes ------------------------
+// --- loads and stores; the `_n` forms touch n < kVec elements only, and zero the other lanes
+// ------------------------
 VK_INLINE Vec load(const float* p) {
   Vec v;
   std::memcpy(&v, p, sizeof v);
@@ -142,9 +152,11 @@ VK_INLINE void store(BF16* p, Vec v) {
 
 VK_INLINE Vec load(const F16* p) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return reinterpret_cast<Vec>(
+      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
-  return reinterpret_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return reinterpret_cast<Vec>(
+      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
   Vec v;
   for (int i = 0; i < kVec; ++i) v[i] = to_float(p[i]);
@@ -154,7 +166,8 @@ VK_INLINE Vec load(const F16* p) {
 
 VK_INLINE void store(F16* p, Vec v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
 #else
@@ -188,7 +201,8 @@ VK_INLINE Vec load_n(const BF16* p, int n) {
   return reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 VK_INLINE Vec load_n(const F16* p, int n) {
-  return reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p)));
+  return reinterpret_cast<Vec>(
+      _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p)));
 }
 template <class T>
 VK_INLINE void store_n_16bit(T* p, Vec v, int n) {
@@ -200,8 +214,8 @@ VK_INLINE void store_n(BF16* p, Vec v, int n) { store_n_16bit(p, v, n); }
 VK_INLINE void store_n(F16* p, Vec v, int n) { store_n_16bit(p, v, n); }
 #endif
 
-// Calls body(c, n) over [0, C): full vectors with n = kVec, then once with the rest. The body is inlined twice, so that
-// load_or(p, n) folds into a plain load in the first.
+// Calls body(c, n) over [0, C): full vectors with n = kVec, then once with the rest. The body is
+// inlined twice, so that load_or(p, n) folds into a plain load in the first.
 template <class Body>
 VK_INLINE void for_each_vec(int64_t C, Body&& body) {
   int64_t c = 0;
@@ -223,14 +237,15 @@ VK_INLINE void store_or(T* p, Vec v, int n) {
   }
 }
 
-// --- arithmetic -------------------------------------------------------------------------------------------------------
+// --- arithmetic
+// -------------------------------------------------------------------------------------------------------
 VK_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(
-      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+  return reinterpret_cast<Vec>(_mm512_fmadd_ps(
+      reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
 #elif defined(__FMA__)
-  return reinterpret_cast<Vec>(
-      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+  return reinterpret_cast<Vec>(_mm256_fmadd_ps(
+      reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
 #else
   return a * b + c;  // contracted to fused multiply-add where the portable level has one (aarch64)
 #endif
@@ -256,15 +271,18 @@ VK_INLINE float reduce_max(Vec v) {
   store(lanes, v);
   for (int width = kVec / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i)
-      lanes[i] = (lanes[i] > lanes[i + width]) || (lanes[i] != lanes[i]) ? lanes[i] : lanes[i + width];
+      lanes[i] =
+          (lanes[i] > lanes[i + width]) || (lanes[i] != lanes[i]) ? lanes[i] : lanes[i + width];
   return lanes[0];
 }
 
 // e^x within 1 ulp for x in [-87.3, 88.7]; 0 below (no denormals), inf above, NaN stays.
 VK_INLINE Vec exp(Vec x) {
   constexpr float kLog2e = 1.44269504088896341f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
-  const Vec clamped = select(x > splat(88.7228394f), splat(88.7228394f), select(x < splat(-87.3365f), splat(-87.3365f), x));
-  const Vec shifted = fma(clamped, splat(kLog2e), splat(12582912.0f));  // round to nearest by the 1.5 * 2^23 trick
+  const Vec clamped = select(x > splat(88.7228394f), splat(88.7228394f),
+                             select(x < splat(-87.3365f), splat(-87.3365f), x));
+  const Vec shifted =
+      fma(clamped, splat(kLog2e), splat(12582912.0f));  // round to nearest by the 1.5 * 2^23 trick
   const Vec n = shifted - splat(12582912.0f);
   Vec r = fma(n, splat(-kLn2Hi), clamped);
   r = fma(n, splat(-kLn2Lo), r);
@@ -280,7 +298,8 @@ VK_INLINE Vec exp(Vec x) {
   const IVec half = exponent >> 1;
   const Vec scale1 = as_float((half + 127) << 23), scale2 = as_float((exponent - half + 127) << 23);
   const Vec y = p * scale1 * scale2;
-  const Vec finite = select(x < splat(-87.3365f), Vec{}, select(x > splat(88.7228394f), splat(__builtin_inff()), y));
+  const Vec finite = select(x < splat(-87.3365f), Vec{},
+                            select(x > splat(88.7228394f), splat(__builtin_inff()), y));
   return select(x != x, x, finite);
 }
 

@@ -28,11 +28,11 @@ constexpr int64_t size_of(DType dtype) {
     __VA_ARGS__;                      \
     break;                            \
   }
-#define VK_SWITCH_FLOAT(dtype, ...)                                                   \
-  switch (dtype) {                                                                    \
-    VK_DTYPE_CASE(::vitkernels::DType::kF32, float, __VA_ARGS__)                      \
-    VK_DTYPE_CASE(::vitkernels::DType::kBF16, ::vitkernels::BF16, __VA_ARGS__)        \
-    VK_DTYPE_CASE(::vitkernels::DType::kF16, ::vitkernels::F16, __VA_ARGS__)          \
-    default:                                                                          \
-      break;                                                                          \
+#define VK_SWITCH_FLOAT(dtype, ...)                                            \
+  switch (dtype) {                                                             \
+    VK_DTYPE_CASE(::vitkernels::DType::kF32, float, __VA_ARGS__)               \
+    VK_DTYPE_CASE(::vitkernels::DType::kBF16, ::vitkernels::BF16, __VA_ARGS__) \
+    VK_DTYPE_CASE(::vitkernels::DType::kF16, ::vitkernels::F16, __VA_ARGS__)   \
+    default:                                                                   \
+      break;                                                                   \
   }

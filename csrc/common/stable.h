@@ -1,4 +1,5 @@
-// What every launcher needs of PyTorch's stable ABI: tensors, checks, dtypes, and the (rows, C) view of a tensor.
+// What every launcher needs of PyTorch's stable ABI: tensors, checks, dtypes, and the (rows, C)
+// view of a tensor.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -18,8 +19,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-// One sentence naming operator, argument, expected and got; graphs exported to C++ see it instead of Python's checks.
-#define VK_CHECK(condition, op, ...) STD_TORCH_CHECK(condition, "vitkernels::", op, ": ", __VA_ARGS__)
+// One sentence naming operator, argument, expected and got; graphs exported to C++ see it instead
+// of Python's checks.
+#define VK_CHECK(condition, op, ...) \
+  STD_TORCH_CHECK(condition, "vitkernels::", op, ": ", __VA_ARGS__)
 
 inline DType dtype_of(ScalarType type, const char* op, const char* name) {
   switch (type) {
@@ -32,7 +35,8 @@ inline DType dtype_of(ScalarType type, const char* op, const char* name) {
     case ScalarType::Bool:
       return DType::kBool;
     default:
-      VK_CHECK(false, op, name, " must be float32, bfloat16 or float16, got scalar type ", static_cast<int>(type));
+      VK_CHECK(false, op, name, " must be float32, bfloat16 or float16, got scalar type ",
+               static_cast<int>(type));
   }
   return DType::kF32;
 }
@@ -41,7 +45,8 @@ inline DType dtype_of(const Tensor& t, const char* op, const char* name) {
   return dtype_of(t.scalar_type(), op, name);
 }
 
-inline Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+inline Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape,
+                               ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
 }
 
@@ -50,7 +55,8 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
   return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
 
-// A tensor of shape (..., C) as `rows` rows with one row stride and unit column stride; copies only when it must.
+// A tensor of shape (..., C) as `rows` rows with one row stride and unit column stride; copies only
+// when it must.
 struct Rows {
   Tensor owner;
   const void* data;

@@ -1,4 +1,4 @@
-"""Dropout's random numbers: drawn by the public function, never by an operator; the same bits on every backend."""
+"""Dropout's random numbers: drawn by the public function, the same bits on every backend."""
 
 from __future__ import annotations
 
@@ -10,18 +10,29 @@ _LOW = 0xFFFFFFFF
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:
-    """A fresh int64 seed of shape (1,) on `device`, from torch's own generator (so torch.manual_seed governs it)."""
+    """A fresh int64 seed of shape (1,) from torch's generator: torch.manual_seed governs it."""
     return torch.randint(0, 2**62, (1,), device=device)
 
 
 def philox_word(seed: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """First output word of Philox4x32-10, key = seed, counter = index, in int64 arithmetic (Salmon et al., SC 2011)."""
+    """First word of Philox4x32-10 in int64 arithmetic, key = seed, counter = index.
+
+    Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
+    """
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     c0, c1 = index & _LOW, (index >> 32) & _LOW
     c2 = c3 = torch.zeros_like(index)
     for _ in range(10):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64-bit products; int64 wraps, the bits are those of uint64
-        c0, c1, c2, c3 = ((b >> 32) & _LOW) ^ c1 ^ k0, b & _LOW, ((a >> 32) & _LOW) ^ c3 ^ k1, a & _LOW
+        a, b = (
+            c0 * 0xD2511F53,
+            c2 * 0xCD9E8D57,
+        )  # 64-bit products; int64 wraps, the bits are those of uint64
+        c0, c1, c2, c3 = (
+            ((b >> 32) & _LOW) ^ c1 ^ k0,
+            b & _LOW,
+            ((a >> 32) & _LOW) ^ c3 ^ k1,
+            a & _LOW,
+        )
         k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
     return c0
 

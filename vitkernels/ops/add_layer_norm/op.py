@@ -1,4 +1,4 @@
-"""add_layer_norm and layer_norm_add: public functions, the table of backends, schemas, fakes and autograd."""
+"""add_layer_norm and layer_norm_add: public functions, backends, schemas, fakes, autograd."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from . import reference
 Tensor = torch.Tensor
 EVERY_FLOAT = _checks.FLOAT_DTYPES
 
-# Order of preference. Every kernel takes any C, any layout, and x, residual and y in fp32, bf16 or fp16 independently.
+# Order of preference. Every kernel takes any C, any layout, and x, residual and y in fp32, bf16 or
+# fp16 independently.
 BACKENDS = (
     Backend("cpu"),
     Backend("cuda"),
@@ -39,36 +40,54 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Residual add and LayerNorm in one pass, with dropout, LayerScale and DropPath on the branch.
 
-    ``new_residual = residual + row_scale[b] * gamma * dropout(x)``; ``y = LayerNorm(new_residual) * weight + bias``,
-    biased variance over the last dimension. With ``residual=None``: ``y = LayerNorm(x)``, and x itself is returned.
+    ``new_residual = residual + row_scale[b] * gamma * dropout(x)``; ``y = LayerNorm(new_residual) *
+    weight + bias``, biased variance over the last dimension. With ``residual=None``: ``y =
+    LayerNorm(x)``, and x itself is returned.
 
     Args:
         x: branch output, (..., C), fp32, bf16, fp16 (float64: reference). Any strides.
-        residual: the residual stream, shape of x, its own dtype (bf16 branch with fp32 stream is usual), or None.
-        weight, bias: LayerNorm parameters, (C,), or None for 1 and 0. They may stay fp32.
-        eps: added to the variance.
+        residual: the residual stream, shape of x, its own dtype (bf16 branch with fp32 stream is
+        usual), or None. weight, bias: LayerNorm parameters, (C,), or None for 1 and 0. They may
+        stay fp32. eps: added to the variance.
         gamma: LayerScale, (C,), or None.
-        row_scale: DropPath's factor of each sample, (x.shape[0],): 0 or 1 / keep_prob. It gets no gradient. A sample
+        row_scale: DropPath's factor of each sample, (x.shape[0],): 0 or 1 / keep_prob. It gets no
+        gradient. A sample
             with factor 0 is not read.
         dropout_p: probability in [0, 1) of zeroing an element of x; kept ones are divided by 1 - p.
         out_dtype: dtype of y; default the autocast dtype under torch.autocast, else x.dtype.
-        backend: None or one of "cpu", "cuda", "triton", "torch", "reference"; see ``vitkernels.use_backend``.
+        backend: None or one of "cpu", "cuda", "triton", "torch", "reference"; see
+        ``vitkernels.use_backend``.
 
     Returns:
-        (y, new_residual): y (..., C) in out_dtype, new_residual (..., C) in residual.dtype, both contiguous.
+        (y, new_residual): y (..., C) in out_dtype, new_residual (..., C) in residual.dtype, both
+        contiguous.
 
     Raises:
         TypeError, ValueError: naming the operator, the argument, what was expected and what came.
 
-    Source: LayerNorm, Ba et al. 2016; LayerScale, Touvron et al. 2021 (CaiT); DropPath, Huang et al. 2016.
+    Source: LayerNorm, Ba et al. 2016; LayerScale, Touvron et al. 2021 (CaiT); DropPath, Huang et
+    al. 2016.
     """
     _check_add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, out_dtype)
     out_dtype = out_dtype or autocast_dtype(x.device) or x.dtype
-    dtypes = tuple(t.dtype for t in (x, residual, weight, bias, gamma) if t is not None) + (out_dtype,)
+    dtypes = tuple(t.dtype for t in (x, residual, weight, bias, gamma) if t is not None) + (
+        out_dtype,
+    )
     chosen = choose("add_layer_norm", BACKENDS, backend, x.device, dtypes)
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
     row_scale = None if row_scale is None else row_scale.to(torch.float32)
-    args = (x, residual, weight, bias, gamma, row_scale, seed, float(dropout_p), float(eps), out_dtype)
+    args = (
+        x,
+        residual,
+        weight,
+        bias,
+        gamma,
+        row_scale,
+        seed,
+        float(dropout_p),
+        float(eps),
+        out_dtype,
+    )
     if chosen == "torch":
         return _stock_add_layer_norm(*args)
     if needs_autograd(x, residual, weight, bias, gamma):
@@ -90,7 +109,8 @@ def layer_norm_add(
 ) -> Tensor:
     """LayerNorm of the branch, then the residual add: the res-post-norm of SwinV2.
 
-    ``out = residual + row_scale[b] * (LayerNorm(x) * weight + bias)``, biased variance over the last dimension.
+    ``out = residual + row_scale[b] * (LayerNorm(x) * weight + bias)``, biased variance over the
+    last dimension.
 
     Args:
         x: branch output, (..., C), fp32, bf16, fp16 (float64: reference). Any strides.
@@ -98,7 +118,8 @@ def layer_norm_add(
         weight, bias: LayerNorm parameters, (C,), or None for 1 and 0. They may stay fp32.
         eps: added to the variance.
         row_scale: DropPath's factor of each sample, (x.shape[0],). It gets no gradient.
-        backend: None or one of "cpu", "cuda", "triton", "torch", "reference"; see ``vitkernels.use_backend``.
+        backend: None or one of "cpu", "cuda", "triton", "torch", "reference"; see
+        ``vitkernels.use_backend``.
 
     Returns:
         out: (..., C) in residual.dtype, contiguous.
@@ -120,7 +141,7 @@ def layer_norm_add(
     return overload("layer_norm_add_fwd", chosen)(*args)[0]
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def _check_add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, out_dtype):
@@ -135,7 +156,9 @@ def _check_add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, drop
         got = "None beside gamma, row_scale or dropout_p"
         _checks.fail(op, "residual", "a tensor when the branch is scaled or dropped", got)
     if out_dtype is not None and out_dtype not in EVERY_FLOAT:
-        _checks.fail(op, "out_dtype", "float32, bfloat16, float16 or float64", repr(out_dtype), TypeError)
+        _checks.fail(
+            op, "out_dtype", "float32, bfloat16, float16 or float64", repr(out_dtype), TypeError
+        )
 
 
 def _check_layer_norm_add(x, residual, weight, bias, eps, row_scale):
@@ -154,15 +177,19 @@ def _check_layer_norm(op, x, weight, bias, eps, row_scale):
     _checks.eps(op, eps)
     if row_scale is not None:
         if x.ndim < 2:
-            _checks.fail(op, "x", "of shape (B, ..., C) when row_scale is given", _checks.describe(x))
+            _checks.fail(
+                op, "x", "of shape (B, ..., C) when row_scale is given", _checks.describe(x)
+            )
         _checks.tensor(op, "row_scale", row_scale, like=x, shape=x.shape[:1], meaning="(B,)")
         _checks.no_grad_tensor(op, "row_scale", row_scale)
 
 
-# --- backend "torch": stock operators, visible to autograd and torch.compile ------------------------------------------
+# --- backend "torch": stock operators, visible to autograd and torch.compile ----------------------
 
 
-def _stock_add_layer_norm(x, residual, weight, bias, gamma, row_scale, seed, dropout_p, eps, out_dtype):
+def _stock_add_layer_norm(
+    x, residual, weight, bias, gamma, row_scale, seed, dropout_p, eps, out_dtype
+):
     z = x
     if residual is not None:
         z = (residual + reference.branch(x, gamma, row_scale, seed, dropout_p)).to(residual.dtype)
@@ -180,24 +207,44 @@ def _stock_layer_norm(x, weight, bias, eps):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-# --- raw operators ----------------------------------------------------------------------------------------------------
+# --- raw operators --------------------------------------------------------------------------------
 
 
 def _stats(x):
-    return x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty(
+        x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
+    )
 
 
-def _fake_add_layer_norm_fwd(x, residual, weight, bias, gamma, row_scale, seed, dropout_p, eps, out_dtype):
+def _fake_add_layer_norm_fwd(
+    x, residual, weight, bias, gamma, row_scale, seed, dropout_p, eps, out_dtype
+):
     y = x.new_empty(x.shape, dtype=out_dtype)
     wide = x if residual is None or x.dtype == torch.float64 else residual
     return y, None if residual is None else residual.new_empty(x.shape), _stats(wide), _stats(wide)
 
 
 def _fake_add_layer_norm_bwd(
-    dy, dnew_residual, z, mean, rstd, x, weight, bias, gamma, row_scale, seed, dropout_p, x_dtype, output_mask
+    dy,
+    dnew_residual,
+    z,
+    mean,
+    rstd,
+    x,
+    weight,
+    bias,
+    gamma,
+    row_scale,
+    seed,
+    dropout_p,
+    x_dtype,
+    output_mask,
 ):
     like = (z.new_empty(z.shape, dtype=x_dtype), z.new_empty(z.shape), weight, bias, gamma)
-    return tuple(t.new_empty(t.shape) if wanted else None for t, wanted in zip(like, output_mask, strict=True))
+    return tuple(
+        t.new_empty(t.shape) if wanted else None
+        for t, wanted in zip(like, output_mask, strict=True)
+    )
 
 
 def _fake_layer_norm_add_fwd(x, residual, weight, bias, row_scale, eps):
@@ -206,14 +253,15 @@ def _fake_layer_norm_add_fwd(x, residual, weight, bias, row_scale, eps):
 
 def _fake_layer_norm_add_bwd(dout, x, mean, rstd, weight, bias, row_scale, output_mask):
     return tuple(
-        t.new_empty(t.shape) if wanted else None for t, wanted in zip((x, weight, bias), output_mask, strict=True)
+        t.new_empty(t.shape) if wanted else None
+        for t, wanted in zip((x, weight, bias), output_mask, strict=True)
     )
 
 
 declare(
     "add_layer_norm_fwd",
-    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? gamma, Tensor? row_scale, Tensor? seed,"
-    " float dropout_p, float eps, ScalarType out_dtype)"
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? gamma, Tensor? row_scale,"
+    " Tensor? seed, float dropout_p, float eps, ScalarType out_dtype)"
     " -> (Tensor y, Tensor? new_residual, Tensor mean, Tensor rstd)",
     fake=_fake_add_layer_norm_fwd,
     reference=reference.add_layer_norm_fwd,
@@ -221,8 +269,9 @@ declare(
 )
 declare(
     "add_layer_norm_bwd",
-    "(Tensor? dy, Tensor? dnew_residual, Tensor z, Tensor mean, Tensor rstd, Tensor? x, Tensor? weight, Tensor? bias,"
-    " Tensor? gamma, Tensor? row_scale, Tensor? seed, float dropout_p, ScalarType x_dtype, bool[] output_mask)"
+    "(Tensor? dy, Tensor? dnew_residual, Tensor z, Tensor mean, Tensor rstd, Tensor? x,"
+    " Tensor? weight, Tensor? bias, Tensor? gamma, Tensor? row_scale, Tensor? seed,"
+    " float dropout_p, ScalarType x_dtype, bool[] output_mask)"
     " -> (Tensor? dx, Tensor? dresidual, Tensor? dweight, Tensor? dbias, Tensor? dgamma)",
     fake=_fake_add_layer_norm_bwd,
     reference=reference.add_layer_norm_bwd,
@@ -238,15 +287,15 @@ declare(
 )
 declare(
     "layer_norm_add_bwd",
-    "(Tensor dout, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? row_scale,"
-    " bool[] output_mask) -> (Tensor? dx, Tensor? dweight, Tensor? dbias)",
+    "(Tensor dout, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias,"
+    " Tensor? row_scale, bool[] output_mask) -> (Tensor? dx, Tensor? dweight, Tensor? dbias)",
     fake=_fake_layer_norm_add_bwd,
     reference=reference.layer_norm_add_bwd,
     triton_module="vitkernels.ops.add_layer_norm._triton",
 )
 
 
-# --- autograd ---------------------------------------------------------------------------------------------------------
+# --- autograd -------------------------------------------------------------------------------------
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -261,7 +310,9 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
         z = x if residual is None else new_residual
-        branch = x if ctx.needs_input_grad[5] else None  # only gamma's gradient reads the branch again
+        branch = (
+            x if ctx.needs_input_grad[5] else None
+        )  # only gamma's gradient reads the branch again
         ctx.save_for_backward(z, mean, rstd, branch, weight, bias, gamma, row_scale, seed)
         ctx.backend, ctx.dropout_p, ctx.x_dtype = backend, dropout_p, x.dtype
         ctx.has_residual = residual is not None
@@ -273,8 +324,15 @@ class _AddLayerNorm(torch.autograd.Function):
             return (None,) * 11
         z, mean, rstd, x, weight, bias, gamma, row_scale, seed = ctx.saved_tensors
         _, need_x, need_residual, need_weight, need_bias, need_gamma, *_ = ctx.needs_input_grad
-        # An unscaled branch and the residual stream have one and the same gradient: it is computed once.
-        same = ctx.has_residual and gamma is None and row_scale is None and seed is None and ctx.x_dtype == z.dtype
+        # An unscaled branch and the residual stream have one and the same gradient: it is computed
+        # once.
+        same = (
+            ctx.has_residual
+            and gamma is None
+            and row_scale is None
+            and seed is None
+            and ctx.x_dtype == z.dtype
+        )
         output_mask = [
             need_x and not same,
             need_residual or (need_x and same),
@@ -314,5 +372,7 @@ class _LayerNormAdd(torch.autograd.Function):
         output_mask = [need_x, need_weight, need_bias]
         dx = dweight = dbias = None
         if any(output_mask):
-            dx, dweight, dbias = overload("layer_norm_add_bwd", ctx.backend)(dout, *ctx.saved_tensors, output_mask)
+            dx, dweight, dbias = overload("layer_norm_add_bwd", ctx.backend)(
+                dout, *ctx.saved_tensors, output_mask
+            )
         return None, dx, dout if need_residual else None, dweight, dbias, None, None

@@ -1,7 +1,9 @@
-"""The specification of add_layer_norm and layer_norm_add: plain PyTorch, obvious, correct in float64.
+"""The specification of add_layer_norm and layer_norm_add: plain PyTorch, obvious, correct in
+float64.
 
-Corner cases that every backend follows: a sample with row_scale 0 ignores its branch, whatever it holds (NaN and Inf
-too); dropout multiplies, so a dropped NaN stays NaN; statistics come from the sum before it is rounded for storage.
+Corner cases that every backend follows: a sample with row_scale 0 ignores its branch, whatever it
+holds (NaN and Inf too); dropout multiplies, so a dropped NaN stays NaN; statistics come from the
+sum before it is rounded for storage.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ Tensor = torch.Tensor
 
 
 def add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, seed, dropout_p, out_dtype):
-    """z = residual + row_scale * gamma * dropout(x); y = LayerNorm(z). Returns y, z, mean, rstd (z unrounded)."""
+    """z = residual + row_scale * gamma * dropout(x); y = LayerNorm(z). Returns y, z, mean, rstd."""
     z = widen(x)
     if residual is not None:
         z = widen(residual) + branch(z, gamma, row_scale, seed, dropout_p)
@@ -58,19 +60,37 @@ def affine(xhat, weight, bias):
     return y if bias is None else y + bias
 
 
-# --- raw operators ----------------------------------------------------------------------------------------------------
+# --- raw operators --------------------------------------------------------------------------------
 
 
-def add_layer_norm_fwd(x, residual, weight, bias, gamma, row_scale, seed, dropout_p, eps, out_dtype):
-    y, z, mean, rstd = add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, seed, dropout_p, out_dtype)
+def add_layer_norm_fwd(
+    x, residual, weight, bias, gamma, row_scale, seed, dropout_p, eps, out_dtype
+):
+    y, z, mean, rstd = add_layer_norm(
+        x, residual, weight, bias, eps, gamma, row_scale, seed, dropout_p, out_dtype
+    )
     new_residual = None if residual is None else z.to(residual.dtype).contiguous()
     return y.contiguous(), new_residual, mean, rstd
 
 
 def add_layer_norm_bwd(
-    dy, dnew_residual, z, mean, rstd, x, weight, bias, gamma, row_scale, seed, dropout_p, x_dtype, output_mask
+    dy,
+    dnew_residual,
+    z,
+    mean,
+    rstd,
+    x,
+    weight,
+    bias,
+    gamma,
+    row_scale,
+    seed,
+    dropout_p,
+    x_dtype,
+    output_mask,
 ):
-    # weight.grad and friends of y = affine((z - mean) * rstd), written out: z is all that was saved.
+    # weight.grad and friends of y = affine((z - mean) * rstd), written out: z is all that was
+    # saved.
     wide = widen(z)
     shape, rows = z.shape, tuple(range(z.ndim - 1))
     xhat = (wide - mean.to(wide.dtype).unsqueeze(-1)) * rstd.to(wide.dtype).unsqueeze(-1)
@@ -110,11 +130,11 @@ def layer_norm_add_bwd(dout, x, mean, rstd, weight, bias, row_scale, output_mask
     return dx, dweight, dbias
 
 
-# --- what tests, benchmarks and profilers share -----------------------------------------------------------------------
+# --- what tests, benchmarks and profilers share ---------------------------------------------------
 
 
 def sample_inputs():
-    """(name, shape) of the activations people meet: ViT-Ti/S/B/L at 224 px, Swin-T stages, one SwinV2-G width."""
+    """(name, shape) of the activations people meet: ViT-Ti/S/B/L, Swin-T stages, a wide one."""
     return [
         ("vit_tiny", (8, 197, 192)),
         ("vit_small", (8, 197, 384)),

@@ -1,4 +1,4 @@
-"""attention, attention_qkvpacked, attention_weights: public functions, backends, schemas, fakes and autograd."""
+"""attention, attention_qkvpacked, attention_weights: public functions to autograd."""
 
 from __future__ import annotations
 
@@ -49,17 +49,20 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention, self or cross.
 
-    ``out = dropout(softmax(scale * q k^T + bias)) v`` for every batch item and head. A fully masked row gives 0.
+    ``out = dropout(softmax(scale * q k^T + bias)) v`` for every batch item and head. A fully masked
+    row gives 0.
 
     Args:
         q: (B, Nq, H, D), fp32, bf16 or fp16 (float64: reference). Any strides.
         k, v: (B, Nk, H, D), dtype of q.
-        bias: broadcasts to (B, H, Nq, Nk): float (any float dtype; it may require a gradient; -inf masks) or bool
+        bias: broadcasts to (B, H, Nq, Nk): float (any float dtype; it may require a gradient; -inf
+        masks) or bool
             (True = attend).
         key_padding_mask: bool (B, Nk), True = ignore this key.
         scale: default D ** -0.5.
         dropout_p: probability in [0, 1) of dropping a softmax probability.
-        backend: None or one of "cpu", "cuda", "triton", "torch", "reference"; see ``vitkernels.use_backend``.
+        backend: None or one of "cpu", "cuda", "triton", "torch", "reference"; see
+        ``vitkernels.use_backend``.
 
     Returns:
         out: (B, Nq, H, D), contiguous, in q's dtype (under torch.autocast: the autocast dtype).
@@ -94,17 +97,19 @@ def attention_qkvpacked(
 ) -> Tensor:
     """Self-attention straight from the output of the qkv Linear to the input of the projection.
 
-    ``q, k, v = qkv`` split as [all q | all k | all v], each head-major; ``out = dropout(softmax(scale * q k^T + bias)) v``.
-    Nothing is permuted, made contiguous or stacked, forward or backward. A fully masked row gives 0.
+    ``q, k, v = qkv`` split as [all q | all k | all v], each head-major; ``out =
+    dropout(softmax(scale * q k^T + bias)) v``. Nothing is permuted, made contiguous or stacked,
+    forward or backward. A fully masked row gives 0.
 
     Args:
         qkv: (B, N, 3 * H * D), fp32, bf16 or fp16 (float64: reference). Any strides.
         num_heads: H.
-        bias: broadcasts to (B, H, N, N): float (may require a gradient; -inf masks) or bool (True = attend).
-        key_padding_mask: bool (B, N), True = ignore this key.
+        bias: broadcasts to (B, H, N, N): float (may require a gradient; -inf masks) or bool (True =
+        attend). key_padding_mask: bool (B, N), True = ignore this key.
         scale: default D ** -0.5.
         dropout_p: probability in [0, 1) of dropping a softmax probability.
-        backend: None or one of "cpu", "cuda", "triton", "torch", "reference"; see ``vitkernels.use_backend``.
+        backend: None or one of "cpu", "cuda", "triton", "torch", "reference"; see
+        ``vitkernels.use_backend``.
 
     Returns:
         out: (B, N, H * D), contiguous, in qkv's dtype (under torch.autocast: the autocast dtype).
@@ -116,7 +121,9 @@ def attention_qkvpacked(
     """
     (qkv,) = _cast(qkv)
     D, scale = _check_packed(qkv, num_heads, key_padding_mask, scale, dropout_p)
-    bias = _bias_4d("attention_qkvpacked", bias, qkv, (qkv.shape[0], num_heads, qkv.shape[1], qkv.shape[1]))
+    bias = _bias_4d(
+        "attention_qkvpacked", bias, qkv, (qkv.shape[0], num_heads, qkv.shape[1], qkv.shape[1])
+    )
     chosen = choose("attention_qkvpacked", BACKENDS, backend, qkv.device, (qkv.dtype,), D=D)
     seed = draw_seed(qkv.device) if dropout_p > 0.0 else None
     args = (bias, key_padding_mask, seed, scale, float(dropout_p))
@@ -144,7 +151,8 @@ def attention_weights(
         k: (B, Nk, H, D), dtype of q.
         bias: broadcasts to (B, H, Nq, Nk), float or bool (True = attend).
         scale: default D ** -0.5.
-        rows: query indices: an int (0 is the class token), a slice, a sequence of ints, or None for all.
+        rows: query indices: an int (0 is the class token), a slice, a sequence of ints, or None for
+        all.
 
     Returns:
         (B, H, rows, Nk) in fp32 (float64 for float64 input).
@@ -160,17 +168,19 @@ def attention_weights(
         return reference.attention_weights(q, k, bias, scale, index)
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def _cast(*tensors):
-    """Under autocast the operator computes and returns in the autocast dtype, like every GEMM-like op."""
+    """Under autocast the operator computes and returns in the autocast dtype."""
     first = tensors[0]
     dtype = autocast_dtype(first.device) if isinstance(first, torch.Tensor) else None
     if dtype is None:
         return tensors
     wanted = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in wanted else t for t in tensors)
+    return tuple(
+        t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in wanted else t for t in tensors
+    )
 
 
 def _check_attention(q, k, v, bias, key_padding_mask, scale, dropout_p, op="attention"):
@@ -181,7 +191,12 @@ def _check_attention(q, k, v, bias, key_padding_mask, scale, dropout_p, op="atte
         _checks.tensor(op, name, value, shape=(B, k.shape[1], H, D), meaning="(B, Nk, H, D)")
     if H == 0 or D == 0 or Nq == 0 or k.shape[1] == 0:
         empty = "k" if k.shape[1] == 0 else "q"
-        _checks.fail(op, empty, "of shape (B, N, H, D) with N, H, D >= 1", _checks.describe(k if empty == "k" else q))
+        _checks.fail(
+            op,
+            empty,
+            "of shape (B, N, H, D) with N, H, D >= 1",
+            _checks.describe(k if empty == "k" else q),
+        )
     return _check_options(op, q, (B, k.shape[1]), D, key_padding_mask, scale, dropout_p)
 
 
@@ -191,7 +206,8 @@ def _check_packed(qkv, num_heads, key_padding_mask, scale, dropout_p):
     _checks.positive_int(op, "num_heads", num_heads)
     B, N, width = qkv.shape
     if N == 0 or width == 0 or width % (3 * num_heads) != 0:
-        expected = f"of shape (B, N, 3 * H * D) with N >= 1 and width a multiple of 3 * num_heads = {3 * num_heads}"
+        multiple = f"a multiple of 3 * num_heads = {3 * num_heads}"
+        expected = f"of shape (B, N, 3 * H * D) with N >= 1 and the last {multiple}"
         _checks.fail(op, "qkv", expected, _checks.describe(qkv))
     D = width // (3 * num_heads)
     return D, _check_options(op, qkv, (B, N), D, key_padding_mask, scale, dropout_p)
@@ -200,12 +216,20 @@ def _check_packed(qkv, num_heads, key_padding_mask, scale, dropout_p):
 def _check_options(op, like, mask_shape, D, key_padding_mask, scale, dropout_p):
     if key_padding_mask is not None:
         _checks.tensor(
-            op, "key_padding_mask", key_padding_mask, like=like, dtypes=(torch.bool,), shape=mask_shape, meaning="(B, Nk)"
+            op,
+            "key_padding_mask",
+            key_padding_mask,
+            like=like,
+            dtypes=(torch.bool,),
+            shape=mask_shape,
+            meaning="(B, Nk)",
         )
     _checks.dropout_p(op, dropout_p)
     if scale is None:
         return float(D) ** -0.5
-    _checks.number(op, "scale", scale, low=-torch.inf, high=torch.inf, expected="a finite number or None")
+    _checks.number(
+        op, "scale", scale, low=-torch.inf, high=torch.inf, expected="a finite number or None"
+    )
     return float(scale)
 
 
@@ -218,7 +242,13 @@ def _bias_4d(op, bias, like, full):
     if bias.ndim > 4:
         _checks.fail(op, "bias", expected, _checks.describe(bias))
     if bias.dtype == torch.float64 and like.dtype != torch.float64:
-        _checks.fail(op, "bias", "of dtype float32, bfloat16, float16 or bool", _checks.describe(bias), TypeError)
+        _checks.fail(
+            op,
+            "bias",
+            "of dtype float32, bfloat16, float16 or bool",
+            _checks.describe(bias),
+            TypeError,
+        )
     for size, wanted in zip(reversed(bias.shape), reversed(full), strict=False):
         if size != 1 and size != wanted:
             _checks.fail(op, "bias", expected, _checks.describe(bias))
@@ -232,18 +262,26 @@ def _row_index(op, rows, Nq):
         return torch.arange(Nq)[rows]
     listed = [rows] if isinstance(rows, int) and not isinstance(rows, bool) else rows
     if not isinstance(listed, Sequence) or isinstance(listed, str):
-        _checks.fail(op, "rows", "an int, a slice, a sequence of ints or None", _checks.describe(rows), TypeError)
+        _checks.fail(
+            op,
+            "rows",
+            "an int, a slice, a sequence of ints or None",
+            _checks.describe(rows),
+            TypeError,
+        )
     for row in listed:
         if isinstance(row, bool) or not isinstance(row, int) or not -Nq <= row < Nq:
             _checks.fail(op, "rows", f"made of query indices in [-{Nq}, {Nq})", row)
     return torch.tensor([row % Nq for row in listed], dtype=torch.int64)
 
 
-# --- backend "torch": SDPA where it is exact, visible to autograd and torch.compile -----------------------------------
+# --- backend "torch": SDPA where it is exact, visible to autograd and torch.compile ---------------
 
 
 def _stock_attention(q, k, v, bias, key_padding_mask, seed, scale, dropout_p):
-    if dropout_p > 0.0:  # SDPA draws its own mask: the library's mask must be the same on every backend
+    if (
+        dropout_p > 0.0
+    ):  # SDPA draws its own mask: the library's mask must be the same on every backend
         out, _ = reference.attention(q, k, v, bias, key_padding_mask, seed, scale, dropout_p)
         return out.contiguous()
     mask = bias
@@ -264,20 +302,27 @@ def _stock_attention(q, k, v, bias, key_padding_mask, seed, scale, dropout_p):
     return out.transpose(1, 2).contiguous()
 
 
-# --- raw operators ----------------------------------------------------------------------------------------------------
+# --- raw operators --------------------------------------------------------------------------------
 
 
 def _lse(x, B, H, N):
-    return x.new_empty((B, H, N), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty(
+        (B, H, N), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
+    )
 
 
 def _fake_attention_fwd(q, k, v, bias, key_padding_mask, seed, scale, dropout_p):
     return q.new_empty(q.shape), _lse(q, q.shape[0], q.shape[2], q.shape[1])
 
 
-def _fake_attention_bwd(dout, q, k, v, out, lse, bias, key_padding_mask, seed, scale, dropout_p, output_mask):
+def _fake_attention_bwd(
+    dout, q, k, v, out, lse, bias, key_padding_mask, seed, scale, dropout_p, output_mask
+):
     like = (q, k, v, bias)
-    return tuple(t.new_empty(t.shape) if wanted else None for t, wanted in zip(like, output_mask, strict=True))
+    return tuple(
+        t.new_empty(t.shape) if wanted else None
+        for t, wanted in zip(like, output_mask, strict=True)
+    )
 
 
 def _fake_packed_fwd(qkv, num_heads, bias, key_padding_mask, seed, scale, dropout_p):
@@ -285,8 +330,13 @@ def _fake_packed_fwd(qkv, num_heads, bias, key_padding_mask, seed, scale, dropou
     return qkv.new_empty((B, N, width // 3)), _lse(qkv, B, num_heads, N)
 
 
-def _fake_packed_bwd(dout, qkv, num_heads, out, lse, bias, key_padding_mask, seed, scale, dropout_p, output_mask):
-    return tuple(t.new_empty(t.shape) if wanted else None for t, wanted in zip((qkv, bias), output_mask, strict=True))
+def _fake_packed_bwd(
+    dout, qkv, num_heads, out, lse, bias, key_padding_mask, seed, scale, dropout_p, output_mask
+):
+    return tuple(
+        t.new_empty(t.shape) if wanted else None
+        for t, wanted in zip((qkv, bias), output_mask, strict=True)
+    )
 
 
 _OPTIONS = "Tensor? bias, Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p"
@@ -301,8 +351,8 @@ declare(
 )
 declare(
     "attention_bwd",
-    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}, bool[] output_mask)"
-    " -> (Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dbias)",
+    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS},"
+    " bool[] output_mask) -> (Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dbias)",
     fake=_fake_attention_bwd,
     reference=reference.attention_bwd,
     triton_module=_TRITON,
@@ -316,15 +366,15 @@ declare(
 )
 declare(
     "attention_qkvpacked_bwd",
-    f"(Tensor dout, Tensor qkv, int num_heads, Tensor out, Tensor lse, {_OPTIONS}, bool[] output_mask)"
-    " -> (Tensor? dqkv, Tensor? dbias)",
+    f"(Tensor dout, Tensor qkv, int num_heads, Tensor out, Tensor lse, {_OPTIONS},"
+    " bool[] output_mask) -> (Tensor? dqkv, Tensor? dbias)",
     fake=_fake_packed_bwd,
     reference=reference.attention_qkvpacked_bwd,
     triton_module=_TRITON,
 )
 
 
-# --- autograd ---------------------------------------------------------------------------------------------------------
+# --- autograd -------------------------------------------------------------------------------------
 
 
 class _Attention(torch.autograd.Function):

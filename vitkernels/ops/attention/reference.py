@@ -1,7 +1,8 @@
 """The specification of attention: plain PyTorch, obvious, correct in float64.
 
-Corner cases that every backend follows: a fully masked row gives output 0, log-sum-exp -inf and no gradient; -inf in a
-float bias masks like False in a bool bias; a NaN score makes its whole row NaN; dropout acts on the probabilities.
+Corner cases that every backend follows: a fully masked row gives output 0, log-sum-exp -inf and no
+gradient; -inf in a float bias masks like False in a bool bias; a NaN score makes its whole row NaN;
+dropout acts on the probabilities.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ Tensor = torch.Tensor
 
 
 def attention(q, k, v, bias, key_padding_mask, seed, scale, dropout_p):
-    """softmax(scale * q k^T + bias) v for q (B,Nq,H,D), k, v (B,Nk,H,D). Returns out (B,Nq,H,D) and lse (B,H,Nq)."""
+    """softmax(scale * q k^T + bias) v; q (B,Nq,H,D), k, v (B,Nk,H,D). Returns out and lse."""
     p, lse = probabilities(scores(q, k, bias, key_padding_mask, scale))
     out = torch.einsum("bhij,bjhd->bihd", dropout(p, seed, dropout_p), widen(v))
     return out.to(q.dtype), lse
@@ -54,7 +55,7 @@ def attention_weights(q, k, bias, scale, rows):
     return probabilities(scores(q[:, rows], k, bias, None, scale))[0]
 
 
-# --- raw operators ----------------------------------------------------------------------------------------------------
+# --- raw operators --------------------------------------------------------------------------------
 
 
 def attention_fwd(q, k, v, bias, key_padding_mask, seed, scale, dropout_p):
@@ -62,13 +63,16 @@ def attention_fwd(q, k, v, bias, key_padding_mask, seed, scale, dropout_p):
     return out.contiguous(), lse.contiguous()
 
 
-def attention_bwd(dout, q, k, v, out, lse, bias, key_padding_mask, seed, scale, dropout_p, output_mask):
+def attention_bwd(
+    dout, q, k, v, out, lse, bias, key_padding_mask, seed, scale, dropout_p, output_mask
+):
     s = scores(q, k, bias, key_padding_mask, scale)
     lse = lse.to(s.dtype).unsqueeze(-1)
     p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0))
     dout, wide_q, wide_k = widen(dout), widen(q), widen(k)
     dp = dropout(torch.einsum("bihd,bjhd->bhij", dout, widen(v)), seed, dropout_p)
-    # rowsum(p * dp) equals rowsum(dout * out); masked entries have p = 0 and get no gradient, whatever dp holds.
+    # rowsum(p * dp) equals rowsum(dout * out); masked entries have p = 0 and get no gradient,
+    # whatever dp holds.
     ds = torch.where(s == -torch.inf, 0.0, p * (dp - (p * dp).sum(-1, keepdim=True)))
     dq = torch.einsum("bhij,bjhd->bihd", ds, wide_k) * scale
     dk = torch.einsum("bhij,bihd->bjhd", ds, wide_q) * scale
@@ -82,13 +86,15 @@ def attention_bwd(dout, q, k, v, out, lse, bias, key_padding_mask, seed, scale, 
 
 
 def unpack(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Three (B,N,H,D) views of the raw Linear output (B,N,3HD), packed as [all q | all k | all v]."""
+    """Three (B,N,H,D) views of the Linear output (B,N,3HD) = [all q | all k | all v]."""
     B, N, width = qkv.shape
     return qkv.unflatten(2, (3, num_heads, width // (3 * num_heads))).unbind(2)
 
 
 def attention_qkvpacked_fwd(qkv, num_heads, bias, key_padding_mask, seed, scale, dropout_p):
-    out, lse = attention_fwd(*unpack(qkv, num_heads), bias, key_padding_mask, seed, scale, dropout_p)
+    out, lse = attention_fwd(
+        *unpack(qkv, num_heads), bias, key_padding_mask, seed, scale, dropout_p
+    )
     return out.flatten(2), lse
 
 
@@ -105,7 +111,7 @@ def attention_qkvpacked_bwd(
     return torch.stack((dq, dk, dv), 2).flatten(2) if need_dqkv else None, dbias
 
 
-# --- what tests, benchmarks and profilers share -----------------------------------------------------------------------
+# --- what tests, benchmarks and profilers share ---------------------------------------------------
 
 
 def sample_inputs():
@@ -122,7 +128,7 @@ def sample_inputs():
 
 
 def cost(shape, itemsize=2, *, Nk=None, backward=False, bias_bytes=0):
-    """(FLOPs, least bytes) of one call: two products forward, five backward; each tensor moved once."""
+    """(FLOPs, least bytes): two products forward, five backward; each tensor moved once."""
     B, N, H, D = shape
     Nk = N if Nk is None else Nk
     products, tensors = (5, 4) if backward else (2, 2)
