@@ -1,4 +1,4 @@
-"""Problems of attention and attention_qkvpacked, and the plain PyTorch they are measured against."""
+"""Problems of attention and attention_qkvpacked, and the plain PyTorch they are measured by."""
 
 from __future__ import annotations
 

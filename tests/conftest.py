@@ -11,19 +11,12 @@ import random
 
 import pytest
 
-MARKERS = {
-    "slow": "minutes long; only with -m slow",
-    "gpu": "needs an NVIDIA GPU; only with -m gpu",
-}
-
 
 def pytest_addoption(parser):
     parser.addoption("--seed", default="1", help="seed of inputs and fuzz: a number, or `random`")
 
 
 def pytest_configure(config):
-    for name, meaning in MARKERS.items():
-        config.addinivalue_line("markers", f"{name}: {meaning}")
     if config.option.seed == "random":
         config.option.seed = str(random.SystemRandom().randrange(2**31))
     if not _wants_gpu(config):
@@ -39,15 +32,6 @@ def pytest_configure(config):
 def _wants_gpu(config) -> bool:
     expression = config.option.markexpr
     return "gpu" in expression and "not gpu" not in expression
-
-
-def pytest_collection_modifyitems(config, items):
-    if config.option.markexpr or any("::" in argument for argument in config.args):
-        return
-    dropped = [item for item in items if any(item.get_closest_marker(name) for name in MARKERS)]
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if item not in dropped]
 
 
 def pytest_report_header(config):
@@ -94,7 +78,7 @@ def _same_inputs_every_time(request):
 
 @pytest.fixture
 def poisoned_memory():
-    """`torch.empty`, and the stable ABI's `new_empty`, give NaN: what a kernel did not write shows."""
+    """`torch.empty`, and the stable ABI's `new_empty`, give NaN: what nobody wrote shows."""
     import torch
 
     before = torch.are_deterministic_algorithms_enabled()

@@ -1,4 +1,4 @@
-"""Problems of add_layer_norm and layer_norm_add, and the plain PyTorch they are measured against."""
+"""Problems of add_layer_norm and layer_norm_add, and the plain PyTorch they are measured by."""
 
 from __future__ import annotations
 

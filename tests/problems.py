@@ -1,8 +1,8 @@
 """One call of an operator with its options, and how to judge it: shared by the operators' tests.
 
-A Problem holds the tensors that get gradients (`inputs`), everything else (`options`), and two other
-ways to compute the same: `spec`, the differentiable specification, run in float64 as the truth; and
-`eager`, plain PyTorch in the tested dtype, whose errors are the yardstick.
+A Problem holds the tensors that get gradients (`inputs`), everything else (`options`), and two
+other ways to compute the same: `spec`, the differentiable specification, run in float64 as the
+truth; and `eager`, plain PyTorch in the tested dtype, whose errors are the yardstick.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def check(
     layout: str = "contiguous",
     grad_layout: str | None = None,
     rmse_factor: float | None = None,
+    slack: float = 1.0,
     wanted: tuple[str, ...] | None = None,
     used: tuple[str, ...] | None = None,
 ) -> None:
@@ -113,7 +114,7 @@ def check(
 
     grad_layout: of the incoming gradients; "ones" is the expanded one of `.sum().backward()`, None
     the layout of the inputs. wanted: the inputs that need a gradient, by default all. used: the
-    outputs that the loss depends on, by default all.
+    outputs that the loss depends on, by default all. slack: multiplies the limits.
     """
     problem = problem.laid_out(layout)
     tensors = list(problem.inputs.values())
@@ -136,9 +137,7 @@ def check(
     common = {
         "rmse_factor": rmse_factor,
         "truncating_stores": truncating,
-        "slack": 2.0
-        if backend == "torch"
-        else 1.0,  # stock PyTorch: other kernels, other roundings
+        "slack": 2 * slack if backend == "torch" else slack,  # stock kernels round elsewhere
     }
     what = f"{problem.op} {backend} {shape_class} {layout}"
     names = [f"{what}: {name}" for name in problem.outputs]
@@ -190,7 +189,7 @@ def _freeze(problem: Problem, wanted):
 
 
 def philox_keep_mask(seed: int, shape: tuple[int, ...], p: float) -> torch.Tensor:
-    """Dropout's keep mask, written a second time: Philox4x32-10 on Python integers, one index a time."""
+    """Dropout's keep mask, written a second time: Philox4x32-10 on Python integers."""
     low = 0xFFFFFFFF
     kept = []
     for index in range(math.prod(shape)):

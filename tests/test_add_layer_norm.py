@@ -1,4 +1,4 @@
-"""add_layer_norm and layer_norm_add: forward and every gradient against float64, on every backend."""
+"""add_layer_norm and layer_norm_add: forward and every gradient against float64, every backend."""
 
 import itertools
 

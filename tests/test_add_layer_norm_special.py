@@ -1,4 +1,4 @@
-"""add_layer_norm and layer_norm_add: special values, symmetries, dropout, the same bits every time."""
+"""add_layer_norm and layer_norm_add: special values, symmetries, dropout, determinism."""
 
 import math
 

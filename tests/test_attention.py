@@ -1,4 +1,4 @@
-"""attention and attention_qkvpacked: forward and every gradient against float64, on every backend."""
+"""attention and attention_qkvpacked: forward and every gradient against float64, every backend."""
 
 import itertools
 
@@ -25,7 +25,7 @@ def batch_and_heads(N):
 
 
 def factor(backend, dtype, Nk):
-    """16-bit kernels keep scores and probabilities in fp32: they must beat eager from 49 tokens on."""
+    """16-bit kernels keep scores and probabilities in fp32: from 49 tokens on they beat eager."""
     return 0.9 if dtype in SIXTEEN_BIT and Nk >= 49 and backend != "torch" else None
 
 

@@ -1,4 +1,4 @@
-"""Bad arguments: TypeError or ValueError that names operator, argument, expectation and what came."""
+"""Bad arguments: TypeError or ValueError naming operator, argument, what was expected and got."""
 
 import math
 
@@ -55,7 +55,7 @@ def not_a_float_tensor(good):
 
 
 def wrong_shapes(good, sizes):
-    """Other ranks, and each dimension (of `sizes`, those that are fixed) longer, shorter and empty."""
+    """Other ranks, and each dimension among `sizes` longer, shorter and empty."""
     yield "rank + 1", good.unsqueeze(0)
     if good.dim() > 1:
         yield "rank - 1", good.flatten(0, 1)
