@@ -27,6 +27,7 @@ struct BackwardScratch {
   Unit *p_columns, *ds_columns, *ds_rows;              // A operands made here
   float *scores, *dprobs, *dkeys, *dvalues, *dqueries;  // fp32
   float *delta, *lse, *factors, *terms, *dbias;
+  float *partial_sums, *partial_dots, *inverse, *row_delta;  // per row of a block
   int64_t score_stride, ds_stride, d_stride, bytes;
 
   BackwardScratch(const AttentionArgs& a, void* memory) {
@@ -65,50 +66,21 @@ struct BackwardScratch {
     dqueries = take_floats((key_blocks(a) > 1 ? a.Nq : rows) * d_stride);
     delta = take_floats(a.Nq);
     lse = take_floats(a.Nq);
-    factors = take_floats(a.dropout ? 2 * score_stride : 0);
+    factors = take_floats(a.dropout ? rows * score_stride : 0);
     terms = take_floats(ScoreTerms::scratch_floats(n));
+    partial_sums = take_floats(rows * kVec);
+    partial_dots = take_floats(rows * kVec);
+    inverse = take_floats(rows);
+    row_delta = take_floats(rows);
     dbias = take_floats(a.dbias != nullptr && a.chunks == 1 ? a.dbias_rows * a.dbias_columns : 0);
     bytes = p - static_cast<char*>(memory);
   }
 };
 
-// One row of scores and dP, turned into P and dS vector by vector.
+// One row of P and dP, turned into normalised P and dS vector by vector.
 struct GradRow {
-  const float *scores, *dprobs, *factors;  // factors: dropout, or null
-  float scale, shift, shift_low, delta;    // p = 2^(s * scale - shift - shift_low): lse in log2 units, in two floats
-
-  VK_INLINE Vec probability(int64_t j) const {
-    return exp2(fma(load(scores + j), splat(scale), splat(-shift)) - splat(shift_low));
-  }
-  VK_INLINE Vec dprob(int64_t j) const {
-    const Vec dp = load(dprobs + j);
-    return factors == nullptr ? dp : dp * load(factors + j);
-  }
-  VK_INLINE void at(int64_t j, Vec& p, Vec& ds) const {
-    p = probability(j);
-    ds = p * (dprob(j) - splat(delta));
-    if (factors != nullptr) p = p * load(factors + j);
-  }
-};
-
-// The same for a whole row whose scores have become unnormalised probabilities.
-struct WholeRow {
-  const float *probs, *dprobs, *factors;
-  float inverse, delta;
-
-  WholeRow() = default;
-  WholeRow(const GradRow& row, int64_t n, float* probs_out) : probs(probs_out), dprobs(row.dprobs), factors(row.factors) {
-    Vec sum = {}, dot = {};
-    for (int64_t j = 0; j < n; j += kVec) {
-      const Vec p = row.probability(j);
-      sum = sum + p;
-      dot = fma(p, row.dprob(j), dot);
-      store(probs_out + j, p);
-    }
-    const float total = lane_sum(sum);
-    inverse = total == 0.0f ? 0.0f : 1.0f / total;  // 0: a masked row
-    delta = lane_sum(dot) * inverse;
-  }
+  const float *probs, *dprobs, *factors;  // factors: dropout, or null
+  float inverse, delta;                   // P is probs * inverse
 
   VK_INLINE void at(int64_t j, Vec& p, Vec& ds) const {
     p = load(probs + j) * splat(inverse);
@@ -129,8 +101,7 @@ struct StoredRow {
   }
 };
 
-template <class Row>
-void grad_row(const Row& row, int64_t n, float* p_out, float* ds_out) {
+inline void grad_row(const GradRow& row, int64_t n, float* p_out, float* ds_out) {
   for (int64_t j = 0; j < n; j += kVec) {
     Vec p, ds;
     row.at(j, p, ds);
@@ -227,49 +198,70 @@ struct HeadBackward {
     }
   }
 
-  // P and dS of a block, from scores and dP, in the form the products read.
+  // P and dS of a block, from scores and dP, in the form the products read. Whole rows are normalised by their own sums.
   void score_gradients(int64_t i0, int64_t rows, int64_t j0, int64_t n) {
-    const int64_t columns = round_up(n, kVec);
-    GradRow grads[2];
-    WholeRow whole[2];
-    for (int64_t r = 0; r < rows; ++r) {
-      GradRow& g = grads[r & 1];
-      g = grad_of(i0 + r, r, j0, n);
-      if (n == a.Nk) {
-        whole[r & 1] = WholeRow(g, columns, s.scores + r * s.score_stride);
-        finish_row(whole, i0, r, rows, j0, n);
-      } else {
-        finish_row(grads, i0, r, rows, j0, n);
+    const bool whole = n == a.Nk;
+    for (int64_t r = 0; r < rows; ++r) probabilities(i0 + r, r, j0, n, whole);
+    if (whole) {
+      const auto add = [](Vec x, Vec y) { return x + y; };
+      reduce_lanes(s.partial_sums, rows, s.inverse, add);
+      reduce_lanes(s.partial_dots, rows, s.row_delta, add);
+      for (int64_t r = 0; r < rows; r += kVec) {
+        const Vec sum = load(s.inverse + r), inverse = select(sum == Vec{}, sum, splat(1.0f) / sum);  // 0: a masked row
+        store(s.inverse + r, inverse);
+        store(s.row_delta + r, load(s.row_delta + r) * inverse);
       }
     }
+    for (int64_t r = 0; r < rows; ++r) gradients(i0, r, rows, j0, n);
   }
 
-  // Row r of the block with its terms and masks applied.
-  GradRow grad_of(int64_t i, int64_t r, int64_t j0, int64_t n) {
+  // Scores of row r become P (when whole, not yet normalised, with the lane-wise sums of P and P dP).
+  void probabilities(int64_t i, int64_t r, int64_t j0, int64_t n, bool whole) {
     float *scores = s.scores + r * s.score_stride, *dprobs = s.dprobs + r * s.score_stride;
+    const int64_t columns = round_up(n, kVec);
     const bool apply_terms = terms.active(), masked = s.lse[i] == -kInf;
     if (apply_terms) {
       terms.begin_row(i);
       terms.apply(scores);
     }
     fill_tail(scores, n, -kInf);
-    if (masked || apply_terms) clear_masked(scores, dprobs, round_up(n, kVec), masked);
-    const double shift = masked ? 0.0 : static_cast<double>(s.lse[i]) * kLog2eDouble;
+    if (masked || apply_terms) clear_masked(scores, dprobs, columns, masked);
+    const float* factors = a.dropout ? s.factors + r * s.score_stride : nullptr;
+    if (a.dropout) dropout_row(a, b * a.H + h, i, j0, n, a.keep_scale, s.factors + r * s.score_stride);
+    // lse in log2 units, in two floats because it shifts every exponent of the row
+    const double shift = masked ? 0.0 : static_cast<double>(s.lse[i]) * kLog2e;
     const float high = static_cast<float>(shift);
     const float low = high - high == 0.0f ? static_cast<float>(shift - high) : 0.0f;  // 0 when lse is not finite
-    float* factors = nullptr;
-    if (a.dropout) {
-      factors = s.factors + (r & 1) * s.score_stride;
-      dropout_row(a, b * a.H + h, i, j0, n, a.keep_scale, factors);
+    const Vec scale = splat(static_cast<float>(apply_terms ? kLog2e : a.scale * kLog2e));
+    if (!whole) {
+      for (int64_t j = 0; j < columns; j += kVec)
+        store(scores + j, exp2(fma(load(scores + j), scale, splat(-high)) - splat(low)));
+      s.inverse[r] = 1.0f;
+      s.row_delta[r] = masked ? 0.0f : s.delta[i];
+      return;
     }
-    return {scores, dprobs, factors, apply_terms ? kLog2e : a.scale * kLog2e, high, low, masked ? 0.0f : s.delta[i]};
+    Vec sum = {}, dot = {};
+    for (int64_t j = 0; j < columns; j += kVec) {
+      const Vec p = exp2(fma(load(scores + j), scale, splat(-high)));
+      Vec dp = load(dprobs + j);
+      if (factors != nullptr) dp = dp * load(factors + j);
+      sum = sum + p;
+      dot = fma(p, dp, dot);
+      store(scores + j, p);
+    }
+    store(s.partial_sums + r * kVec, sum);
+    store(s.partial_dots + r * kVec, dot);
   }
 
-  template <class Row>
-  void finish_row(const Row (&grads)[2], int64_t i0, int64_t r, int64_t rows, int64_t j0, int64_t n) {
+  GradRow row(int64_t r) const {
+    return {s.scores + r * s.score_stride, s.dprobs + r * s.score_stride,
+            a.dropout ? s.factors + r * s.score_stride : nullptr, s.inverse[r], s.row_delta[r]};
+  }
+
+  void gradients(int64_t i0, int64_t r, int64_t rows, int64_t j0, int64_t n) {
     const int64_t columns = round_up(n, kVec);
     float *scores = s.scores + r * s.score_stride, *dprobs = s.dprobs + r * s.score_stride;
-    if (dbias != nullptr || kElements<Unit> == 1) grad_row(grads[r & 1], columns, scores, dprobs);
+    if (dbias != nullptr || kElements<Unit> == 1) grad_row(row(r), columns, scores, dprobs);
     if (dbias != nullptr) add_dbias_row(a, dprobs, i0 + r, j0, n, dbias);
 #if defined(__AVX512BF16__)
     if constexpr (kElements<Unit> == 2) {
@@ -279,7 +271,7 @@ struct HeadBackward {
       Bf16Pair *p = s.p_columns + even / 2 * s.score_stride, *ds = s.ds_columns + even / 2 * s.score_stride;
       Bf16Pair *ds_even = s.ds_rows + even * s.ds_stride, *ds_odd = ds_even + s.ds_stride;
       if (dbias == nullptr) {
-        round_row_pair(grads[0], grads[1], odd, columns, p, ds, ds_even, ds_odd);
+        round_row_pair(row(even), row(r), odd, columns, p, ds, ds_even, ds_odd);
       } else {
         const float *probs = s.scores + even * s.score_stride, *dscores = s.dprobs + even * s.score_stride;
         round_row_pair(StoredRow{probs, dscores}, StoredRow{probs + s.score_stride, dscores + s.score_stride}, odd, columns,

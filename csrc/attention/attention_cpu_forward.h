@@ -18,6 +18,7 @@ template <class Unit>
 struct ForwardScratch {
   Unit *keys, *values, *queries, *probabilities;
   float *scores, *output, *factors, *terms;
+  float *partials, *sums, *shifts;  // per row: a vector, its reductions
   int64_t score_stride, probability_stride, output_stride, bytes;
 
   ForwardScratch(const AttentionArgs& a, void* memory) {
@@ -41,62 +42,69 @@ struct ForwardScratch {
     output = reinterpret_cast<float*>(take(rows * output_stride));
     factors = reinterpret_cast<float*>(take(a.dropout ? score_stride : 0));
     terms = reinterpret_cast<float*>(take(ScoreTerms::scratch_floats(a.Nk)));
+    const int64_t whole_rows = round_up(rows, kVec);
+    partials = reinterpret_cast<float*>(take(whole_rows * kVec));
+    sums = reinterpret_cast<float*>(take(whole_rows));
+    shifts = reinterpret_cast<float*>(take(whole_rows));
     bytes = p - static_cast<char*>(memory);
   }
 };
 
-// Probabilities of one row without their normalisation. scores hold whole vectors, -inf beyond the last key; `scale` is the
-// factor to log2 units. factors (dropout) or null. Returns the sum before dropout and the shift: p = 2^(s * scale - shift).
-struct RowSum {
-  float sum, shift;
-};
+VK_INLINE void store_probabilities(float* out, int64_t v, Vec p) { store(out + v * kVec, p); }
 
-// log sum exp as torch.logsumexp has it: a row with +inf and no NaN gives +inf, although its sum is NaN (inf - inf).
-inline float log_sum_exp(const RowSum& row, const float* scores, int64_t n) {
-  if (row.sum == 0.0f) return -kInf;
-  if (row.shift == kInf) {
-    for (int64_t j = 0; j < n; ++j)
-      if (scores[j] != scores[j]) return scores[j];
-    return kInf;
-  }
-  return static_cast<float>(row.shift * kLn2 + __builtin_log(row.sum));
+VK_INLINE void store_probabilities(float* out, int64_t v, Vec low, Vec high) {
+  store(out + v * kVec, low);
+  store(out + (v + 1) * kVec, high);
 }
 
-template <class Unit>
-RowSum softmax_row(const float* scores, int64_t vecs, float scale, const float* factors, Unit* probabilities) {
+#if defined(__AVX512BF16__)
+VK_INLINE void store_probabilities(Bf16Pair* out, int64_t v, Vec low, Vec high = Vec{}) {
+  _mm512_storeu_si512(out + v * kVec / 2, round_to_bf16(high, low));
+}
+#endif
+
+// Lane-wise maximum of a row of whole vectors.
+VK_INLINE Vec row_max(const float* scores, int64_t vecs) {
   Vec high[4] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};
   int64_t v = 0;
   for (; v + 4 <= vecs; v += 4)
     for (int u = 0; u < 4; ++u) high[u] = max_of_numbers(high[u], load(scores + (v + u) * kVec));
   for (; v < vecs; ++v) high[0] = max_of_numbers(high[0], load(scores + v * kVec));
-  const float top = lane_max(max_of_numbers(max_of_numbers(high[0], high[1]), max_of_numbers(high[2], high[3])));
-  // A row of -inf is a masked row (sum 0), unless a NaN hides in it (sum NaN): both come out with shift 0.
-  const float shift = top == -kInf ? 0.0f : top * scale;
+  return max_of_numbers(max_of_numbers(high[0], high[1]), max_of_numbers(high[2], high[3]));
+}
+
+// p = 2^(s * scale - shift) over a row of whole vectors, times the dropout factors where there are some; P is rounded to
+// bf16 when units are pairs. Returns the lane-wise sum before dropout and rounding.
+template <class Unit>
+VK_INLINE Vec row_probabilities(const float* scores, int64_t vecs, float scale, float shift, const float* factors, Unit* out) {
   const Vec factor = splat(scale), minus_shift = splat(-shift);
   Vec sum[2] = {Vec{}, Vec{}};
-  const auto probability = [&](int64_t index, Vec& total) {
-    Vec p = exp2(fma(load(scores + index * kVec), factor, minus_shift));
+  const auto probability = [&](int64_t v, Vec& total) {
+    const Vec p = exp2(fma(load(scores + v * kVec), factor, minus_shift));
     total = total + p;
-    return factors == nullptr ? p : p * load(factors + index * kVec);
+    return factors == nullptr ? p : p * load(factors + v * kVec);
   };
-#if defined(__AVX512BF16__)
-  if constexpr (kElements<Unit> == 2) {
-    for (v = 0; v + 2 <= vecs; v += 2) {
-      const Vec low = probability(v, sum[0]);
-      const Vec above = probability(v + 1, sum[1]);
-      _mm512_storeu_si512(probabilities + v * kVec / 2, round_to_bf16(above, low));
-    }
-    if (v < vecs) _mm512_storeu_si512(probabilities + v * kVec / 2, round_to_bf16(Vec{}, probability(v, sum[0])));
-    return {lane_sum(sum[0] + sum[1]), shift};
+  int64_t v = 0;
+  for (; v + 2 <= vecs; v += 2) {
+    const Vec low = probability(v, sum[0]), high = probability(v + 1, sum[1]);
+    store_probabilities(out, v, low, high);
   }
-#endif
-  float* out = reinterpret_cast<float*>(probabilities);
-  for (v = 0; v + 2 <= vecs; v += 2) {
-    store(out + v * kVec, probability(v, sum[0]));
-    store(out + (v + 1) * kVec, probability(v + 1, sum[1]));
+  if (v < vecs) store_probabilities(out, v, probability(v, sum[0]));
+  return sum[0] + sum[1];
+}
+
+// From sums and shifts (log2 units) of rows to what they are wanted for, in place: sums become the factor kept / sum that
+// normalises a row, 0 for a masked row; shifts become log sum exp. As in torch.logsumexp a row with +inf gives +inf, although
+// its sum is NaN (inf - inf), and a masked row gives -inf.
+inline void finish_sums(float* sums, float* shifts, int64_t rows, float kept) {
+  for (int64_t r = 0; r < rows; r += kVec) {
+    const Vec sum = load(sums + r), shift = load(shifts + r);
+    const IVec masked = sum == Vec{};
+    const Vec lse = fma(shift, splat(kLn2High), fma(shift, splat(kLn2Low), log(sum)));
+    const Vec special = select(masked, splat(-kInf), select(shift == splat(kInf), shift, sum));
+    store(shifts + r, select(masked | (sum != sum), special, lse));
+    store(sums + r, select(masked, Vec{}, splat(kept) / sum));
   }
-  if (v < vecs) store(out + v * kVec, probability(v, sum[0]));
-  return {lane_sum(sum[0] + sum[1]), shift};
 }
 
 template <class T>
@@ -119,9 +127,7 @@ void forward_items(const AttentionArgs& a, int64_t begin, int64_t end, void* mem
     gemm<ALayout::kRowMajor>(rows, a.Nk, K, q.data, q.stride, s.keys, K, 0, s.scores, s.score_stride, false);
 
     const bool apply_terms = terms.active();
-    const float scale = apply_terms ? kLog2e : a.scale * kLog2e;
-    float* lse = a.lse + head * a.Nq + i0;
-    float normalizer[48];
+    const float scale = static_cast<float>(apply_terms ? kLog2e : a.scale * kLog2e);
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = s.scores + r * s.score_stride;
       if (apply_terms) {
@@ -129,20 +135,27 @@ void forward_items(const AttentionArgs& a, int64_t begin, int64_t end, void* mem
         terms.apply(scores);
       }
       fill_tail(scores, a.Nk, -kInf);
-      if (a.dropout) dropout_row(a, head, i0 + r, 0, a.Nk, 1.0f, s.factors);
-      const RowSum row = softmax_row(scores, vecs, scale, a.dropout ? s.factors : nullptr,
-                                     s.probabilities + r * s.probability_stride);
-      normalizer[r] = row.sum == 0.0f ? 0.0f : (a.dropout ? a.keep_scale : 1.0f) / row.sum;
-      lse[r] = log_sum_exp(row, scores, a.Nk);
+      store(s.partials + r * kVec, row_max(scores, vecs));
     }
+    reduce_lanes(s.partials, rows, s.shifts, max_of_numbers);
+    for (int64_t r = 0; r < rows; ++r) {
+      // A row of -inf is a masked row (sum 0), unless a NaN hides in it (sum NaN): either way its shift is 0.
+      s.shifts[r] = s.shifts[r] == -kInf ? 0.0f : s.shifts[r] * scale;
+      if (a.dropout) dropout_row(a, head, i0 + r, 0, a.Nk, 1.0f, s.factors);
+      const Vec sum = row_probabilities(s.scores + r * s.score_stride, vecs, scale, s.shifts[r],
+                                        a.dropout ? s.factors : nullptr, s.probabilities + r * s.probability_stride);
+      store(s.partials + r * kVec, sum);
+    }
+    reduce_lanes(s.partials, rows, s.sums, [](Vec x, Vec y) { return x + y; });
+    finish_sums(s.sums, s.shifts, rows, a.dropout ? a.keep_scale : 1.0f);
+    std::memcpy(a.lse + head * a.Nq + i0, s.shifts, static_cast<size_t>(rows) * sizeof(float));
     gemm<ALayout::kRowMajor>(rows, a.D, N, s.probabilities, s.probability_stride, s.values, N, 0, s.output, s.output_stride,
                              false);
     T* out = head_of<T>(a.out, b, h) + i0 * a.out.row;
     for (int64_t r = 0; r < rows; ++r) {
       float* output = s.output + r * s.output_stride;
-      if (normalizer[r] == 0.0f)  // masked: zero even where V is not finite
-        for (int64_t d = 0; d < s.output_stride; ++d) output[d] = 0.0f;
-      store_row(out + r * a.out.row, output, a.D, normalizer[r]);
+      if (s.sums[r] == 0.0f) std::memset(output, 0, static_cast<size_t>(s.output_stride) * sizeof(float));
+      store_row(out + r * a.out.row, output, a.D, s.sums[r]);
     }
   }
 }

@@ -9,9 +9,8 @@
 namespace vitkernels {
 namespace {
 
-constexpr double kLog2eDouble = 1.44269504088896341;
-constexpr double kLn2 = 0.693147180559945309;
-constexpr float kLog2e = static_cast<float>(kLog2eDouble);
+constexpr float kLn2High = 0.693147182464599609f, kLn2Low = -1.90465429995776804e-9f;
+constexpr double kLog2e = 1.44269504088896341;
 constexpr float kInf = __builtin_inff();
 
 // 2^x within 1 ulp for x <= 127; 0 for -inf and below the normal range, NaN stays.
@@ -60,18 +59,55 @@ VK_INLINE float lane_sum(Vec v) {
 #endif
 }
 
-VK_INLINE float lane_max(Vec v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
-#else
-  return reduce_max(v);
-#endif
+// The natural logarithm of positive normal numbers within 1 ulp (Cephes' logf).
+VK_INLINE Vec log(Vec x) {
+  const IVec bits = as_int(x) - 0x3f3504f3;  // distance from sqrt(1/2)
+  const IVec exponent = bits >> 23;
+  const Vec r = as_float((bits & 0x007fffff) + 0x3f3504f3) - splat(1.0f);
+  const Vec e = __builtin_convertvector(exponent, Vec), square = r * r;
+  Vec p = splat(7.0376836292e-2f);
+  p = fma(p, r, splat(-1.1514610310e-1f));
+  p = fma(p, r, splat(1.1676998740e-1f));
+  p = fma(p, r, splat(-1.2420140846e-1f));
+  p = fma(p, r, splat(1.4249322787e-1f));
+  p = fma(p, r, splat(-1.6668057665e-1f));
+  p = fma(p, r, splat(2.0000714765e-1f));
+  p = fma(p, r, splat(-2.4999993993e-1f));
+  p = fma(p, r, splat(3.3333331174e-1f));
+  p = p * r * square;
+  p = fma(e, splat(-2.12194440e-4f), p);
+  p = fma(square, splat(-0.5f), p);
+  return fma(e, splat(0.693359375f), r + p);
+}
+
+// Horizontal reductions of many rows at once: partials[r] is a vector per row, out[r] its reduction. Both hold whole
+// groups of kVec rows; transposing a group costs less than a shuffle tree per row and does not wait for one.
+template <class Combine>
+VK_INLINE void reduce_lanes(const float* partials, int64_t rows, float* out, Combine combine) {
+  for (int64_t r = 0; r < rows; r += kVec) {
+    Vec group[kVec];
+#pragma GCC unroll 16
+    for (int i = 0; i < kVec; ++i) group[i] = load(partials + (r + i) * kVec);
+    transpose_step<kVec / 2>(group);
+#pragma GCC unroll 4
+    for (int width = kVec / 2; width > 0; width /= 2)
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i) group[i] = combine(group[i], group[i + width]);
+    store(out + r, group[0]);
+  }
 }
 
 VK_INLINE IVec load_mask(const int32_t* p) {
   IVec v;
   std::memcpy(&v, p, sizeof v);
   return v;
+}
+
+VK_INLINE IVec lane_index() {
+  IVec lanes = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < kVec; ++i) lanes[i] = i;
+  return lanes;
 }
 
 template <class T>
@@ -162,9 +198,10 @@ struct ScoreTerms {
   }
 };
 
-// Lanes from n to the end of n's last vector.
+// Sets the lanes from n to the end of n's last vector, by whole vectors: a vector load after scalar stores would stall.
 VK_INLINE void fill_tail(float* row, int64_t n, float value) {
-  for (int64_t j = n; j < round_up(n, kVec); ++j) row[j] = value;
+  const int64_t last = n / kVec * kVec;
+  if (last < n) store(row + last, select(lane_index() < static_cast<int32_t>(n - last), load(row + last), splat(value)));
 }
 
 // factors[j] = kept where dropout keeps the probability of key j0 + j, 0 where it drops it.

@@ -142,7 +142,7 @@ void gemm_panel(int64_t M, int64_t K, const Unit* a, int64_t lda, const Unit* b,
 
 // Units of K that one register accumulates before it is added to C: shorter chains round less, and that much of a panel
 // stays in L1 while all rows pass over it.
-constexpr int64_t kMaxChain = 128;
+constexpr int64_t kMaxChain = 64;
 
 // C[M][columns rounded up to vectors] (+)= A * B[k0 .. k0 + K). All of M, columns, K may be anything; A begins at unit k0.
 template <ALayout layout, class Unit>
@@ -203,59 +203,86 @@ VK_INLINE void transpose_step(Vec (&rows)[kVec]) {
   if constexpr (kDistance > 1) transpose_step<kDistance / 2>(rows);
 }
 
+// kVec rows of units, transposed, to rows of a panel `out_stride` floats apart; kFull: all of the block exists in src.
+template <bool kFull, class Unit, class T>
+VK_INLINE void pack_block(const T* src, int64_t stride, int64_t rows, int64_t elements, int64_t units, float* out,
+                          int64_t out_stride) {
+  Vec block[kVec];
+#pragma GCC unroll 16
+  for (int r = 0; r < kVec; ++r) {
+    if constexpr (kFull) {
+      block[r] = load_units<Unit>(src + r * stride, kVec * kElements<Unit>);
+    } else {
+      block[r] = r < rows ? load_units<Unit>(src + r * stride, elements) : Vec{};
+    }
+  }
+  transpose_step<kVec / 2>(block);
+#pragma GCC unroll 16
+  for (int r = 0; r < kVec; ++r)
+    if (kFull || r < units) store(out + r * out_stride, block[r]);
+}
+
 // B = src^T: contraction along the D elements of a row, one column per row of src (K^T of scores).
 template <class Unit, class T>
 __attribute__((noinline)) void pack_transposed(const T* src, int64_t stride, int64_t rows, int64_t D, Unit* packed) {
   const int64_t K = units_of<Unit>(D), vecs = vecs_of(rows);
   for (int64_t v0 = 0; v0 < vecs;) {
     const int64_t width = panel_width(v0, vecs);
-    float* panel = reinterpret_cast<float*>(packed + v0 * kVec * K);
     for (int64_t v = 0; v < width; ++v) {
-      const int64_t row0 = (v0 + v) * kVec, present = rows - row0 < kVec ? rows - row0 : kVec;
+      const int64_t row0 = (v0 + v) * kVec;
       for (int64_t k = 0; k < K; k += kVec) {
-        Vec block[kVec];
-#pragma GCC unroll 16
-        for (int r = 0; r < kVec; ++r)
-          block[r] = r < present ? load_units<Unit>(src + (row0 + r) * stride + k * kElements<Unit>, D - k * kElements<Unit>)
-                                 : Vec{};
-        transpose_step<kVec / 2>(block);
-        float* out = panel + k * width * kVec + v * kVec;
-#pragma GCC unroll 16
-        for (int r = 0; r < kVec; ++r)
-          if (k + r < K) store(out + r * width * kVec, block[r]);
+        const T* block = src + row0 * stride + k * kElements<Unit>;
+        float* out = reinterpret_cast<float*>(packed + v0 * kVec * K) + (k * width + v) * kVec;
+        const int64_t elements = D - k * kElements<Unit>;
+        if (rows - row0 >= kVec && elements >= kVec * kElements<Unit>) {
+          pack_block<true, Unit>(block, stride, kVec, elements, kVec, out, width * kVec);
+        } else {
+          pack_block<false, Unit>(block, stride, rows - row0, elements, K - k, out, width * kVec);
+        }
       }
     }
     v0 += width;
   }
 }
 
+// One vector of units of packed rows: the elements of a row, or of two rows side by side (the second may be absent).
+template <class Unit, class T>
+VK_INLINE Vec load_row_units(const T* p, int64_t stride, bool has_second, int64_t n) {
+  if constexpr (kElements<Unit> == 2) {
+    HVec first = {}, second = {};
+    if (n >= kVec) {
+      std::memcpy(&first, p, sizeof first);
+      if (has_second) std::memcpy(&second, p + stride, sizeof second);
+    } else {
+      std::memcpy(&first, p, static_cast<size_t>(n) * 2);
+      if (has_second) std::memcpy(&second, p + stride, static_cast<size_t>(n) * 2);
+    }
+    return reinterpret_cast<Vec>(__builtin_convertvector(first, UVec) | (__builtin_convertvector(second, UVec) << 16));
+  } else {
+    (void)stride, (void)has_second;
+    return load_units<Unit>(p, n);
+  }
+}
+
 // B = src: contraction along the rows, columns are the D elements (V of P * V); a last odd row is paired with zeros.
 template <class Unit, class T>
 __attribute__((noinline)) void pack_rows(const T* src, int64_t stride, int64_t rows, int64_t D, Unit* packed) {
-  const int64_t K = units_of<Unit>(rows), vecs = vecs_of(D);
+  constexpr int kStep = kElements<Unit>;
+  const int64_t K = units_of<Unit>(rows), whole = rows / kStep, vecs = vecs_of(D);
   for (int64_t v0 = 0; v0 < vecs;) {
     const int64_t width = panel_width(v0, vecs);
-    float* out = reinterpret_cast<float*>(packed + v0 * kVec * K);
-    for (int64_t k = 0; k < K; ++k) {
-      for (int64_t v = v0; v < v0 + width; ++v, out += kVec) {
-        const T* p = src + k * kElements<Unit> * stride + v * kVec;
-        const int64_t n = D - v * kVec;
-        if constexpr (kElements<Unit> == 2) {
-          HVec even = {}, odd = {};
-          const size_t bytes = n >= kVec ? sizeof even : static_cast<size_t>(n) * 2;
-          if (n >= kVec) {
-            std::memcpy(&even, p, sizeof even);
-            if (2 * k + 1 < rows) std::memcpy(&odd, p + stride, sizeof odd);
-          } else {
-            std::memcpy(&even, p, bytes);
-            if (2 * k + 1 < rows) std::memcpy(&odd, p + stride, bytes);
-          }
-          const UVec pair = __builtin_convertvector(even, UVec) | (__builtin_convertvector(odd, UVec) << 16);
-          std::memcpy(out, &pair, sizeof pair);
-        } else {
-          store(out, load_units<Unit>(p, n));
-        }
+    for (int64_t v = 0; v < width; ++v) {
+      const T* column = src + (v0 + v) * kVec;
+      const int64_t n = D - (v0 + v) * kVec, row = width * kVec;
+      float* out = reinterpret_cast<float*>(packed + v0 * kVec * K) + v * kVec;
+      if (n >= kVec) {
+        for (int64_t k = 0; k < whole; ++k)
+          store(out + k * row, load_row_units<Unit>(column + k * kStep * stride, stride, true, kVec));
+      } else {
+        for (int64_t k = 0; k < whole; ++k)
+          store(out + k * row, load_row_units<Unit>(column + k * kStep * stride, stride, true, n));
       }
+      if (whole < K) store(out + whole * row, load_row_units<Unit>(column + whole * kStep * stride, stride, false, n));
     }
     v0 += width;
   }

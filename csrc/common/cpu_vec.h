@@ -237,6 +237,19 @@ VK_INLINE void store_or(T* p, Vec v, int n) {
   }
 }
 
+// v as it reads back after a store to T.
+template <class T>
+VK_INLINE Vec round_to(Vec v) {
+  T lanes[kVec];
+  store(lanes, v);
+  return load(lanes);
+}
+
+template <>
+VK_INLINE Vec round_to<float>(Vec v) {
+  return v;
+}
+
 // --- arithmetic
 // -------------------------------------------------------------------------------------------------------
 VK_INLINE Vec fma(Vec a, Vec b, Vec c) {
