@@ -142,7 +142,7 @@ void gemm_panel(int64_t M, int64_t K, const Unit* a, int64_t lda, const Unit* b,
 
 // Units of K that one register accumulates before it is added to C: shorter chains round less, and that much of a panel
 // stays in L1 while all rows pass over it.
-constexpr int64_t kMaxChain = 64;
+constexpr int64_t kMaxChain = 48;
 
 // C[M][columns rounded up to vectors] (+)= A * B[k0 .. k0 + K). All of M, columns, K may be anything; A begins at unit k0.
 template <ALayout layout, class Unit>

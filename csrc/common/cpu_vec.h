@@ -250,6 +250,14 @@ VK_INLINE Vec round_to<float>(Vec v) {
   return v;
 }
 
+#if defined(__AVX512BF16__)
+template <>
+VK_INLINE Vec round_to<BF16>(Vec v) {
+  const __m256i h = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+  return reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+#endif
+
 // --- arithmetic
 // -------------------------------------------------------------------------------------------------------
 VK_INLINE Vec fma(Vec a, Vec b, Vec c) {
