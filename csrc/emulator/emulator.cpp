@@ -1,5 +1,4 @@
-// The scheduler: blocks one after another on each OS thread, the fibers of a block in a new random
-// order each round.
+// The scheduler: blocks one after another on each OS thread, the fibers of a block in random order.
 #include "emulator.h"
 
 #include <algorithm>
@@ -75,7 +74,7 @@ struct Block {
   const std::function<void()>* body;
   Index3 index;
   std::vector<Fiber> fibers;
-  std::vector<Fiber*> ready;
+  std::vector<std::vector<Fiber*>> ready;  // of each warp
   int live = 0;
   int arrived = 0, predicates = 0;  // of the block meeting
   Place barrier{};
@@ -89,8 +88,10 @@ struct Block {
   }
   void wake(Fiber& fiber) {
     fiber.state = Fiber::kReady;
-    ready.push_back(&fiber);
+    ready[fiber.id / kWarp].push_back(&fiber);
   }
+  bool step(std::minstd_rand& random);
+  void run(std::vector<Fiber*>& fibers, std::minstd_rand& random);
   void open_barrier_when_all_arrived();
   bool finish_warp_meeting(const Fiber& member);
   void leave(Fiber& fiber);
@@ -194,6 +195,44 @@ void meet_warp(const char* what, unsigned mask, void* record, Finish finish, Pla
   to_scheduler();
 }
 
+// ---- The order of fibers
+
+// Runs each of the fibers, which are ready, until it waits or ends.
+void Block::run(std::vector<Fiber*>& order, std::minstd_rand& random) {
+  std::shuffle(order.begin(), order.end(), random);
+  for (Fiber* fiber : order) {
+    running = fiber;
+    vk_emulator_switch(&scheduler, fiber->stack_pointer);
+    if (error != nullptr) break;
+  }
+}
+
+// Either everyone goes on as far as the next wait, or one warp goes on as far as it can without the
+// others: a missing barrier shows in a thread that is late in the first, in a warp that is early in
+// the second. False when nobody can go on.
+bool Block::step(std::minstd_rand& random) {
+  std::vector<Fiber*> order;
+  const size_t warps = ready.size(), first = random() % warps;
+  const bool everyone = random() % 2 == 0;
+  for (size_t i = 0; i < warps; ++i) {
+    std::vector<Fiber*>& warp = ready[(first + i) % warps];
+    if (everyone) {
+      order.insert(order.end(), warp.begin(), warp.end());
+      warp.clear();
+      continue;
+    }
+    if (warp.empty()) continue;
+    while (!warp.empty() && error == nullptr) {
+      order.clear();
+      order.swap(warp);
+      run(order, random);
+    }
+    return true;
+  }
+  run(order, random);
+  return !order.empty();
+}
+
 std::string Block::who_waits_where() const {
   std::map<std::string, std::vector<int>> groups;
   for (const Fiber& fiber : fibers) {
@@ -295,7 +334,7 @@ void Worker::run_block(const Shape& shape, const std::function<void()>& body, In
       reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(arena.get()) + 1023) / 1024 * 1024);
   open_arena(block.arena, shape.shared_bytes);
   block.fibers.assign(threads, Fiber{});
-  block.ready.clear();
+  block.ready.assign((threads + kWarp - 1) / kWarp, {});
   for (int id = 0; id < threads; ++id) {
     Fiber& fiber = block.fibers[id];
     fiber.block = &block;
@@ -308,20 +347,10 @@ void Worker::run_block(const Shape& shape, const std::function<void()>& body, In
   }
 
   std::minstd_rand random(static_cast<uint32_t>(seed ^ seed >> 32) | 1);
-  std::vector<Fiber*> round;
-  while (block.live > 0 && block.error == nullptr) {
-    if (block.ready.empty())
+  while (block.live > 0 && block.error == nullptr)
+    if (!block.step(random))
       throw std::runtime_error("emulated kernel: deadlock, " + block.describe() +
                                block.who_waits_where());
-    round.swap(block.ready);
-    block.ready.clear();
-    std::shuffle(round.begin(), round.end(), random);
-    for (Fiber* fiber : round) {
-      running = fiber;
-      vk_emulator_switch(&block.scheduler, fiber->stack_pointer);
-      if (block.error != nullptr) break;
-    }
-  }
   running = nullptr;
   if (block.error != nullptr) std::rethrow_exception(block.error);
   check_guards(block);

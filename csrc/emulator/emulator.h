@@ -21,13 +21,14 @@ struct Index3 {  // dim3 and uint3
   constexpr Index3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// A line of kernel source, for messages.
+// A line of kernel source, for messages: as a default argument, the line of the call.
 struct Place {
   const char* file;
   int line;
+  static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
 };
-#define VK_EMULATOR_HERE \
-  ::vitkernels::emulator::Place { __builtin_FILE(), __builtin_LINE() }
 
 struct Settings {
   uint64_t seed;  // VITKERNELS_EMULATOR_SEED; the order of fibers and blocks follows from it alone

@@ -19,8 +19,9 @@
 #define __grid_constant__
 #define VK_DEVICE inline
 
-#define VK_SHARED(type, name, extents) \
-  auto& name = ::vitkernels::emulator::shared_array<type extents>([] {}, VK_EMULATOR_HERE)
+#define VK_SHARED(type, name, extents)                             \
+  auto& name = ::vitkernels::emulator::shared_array<type extents>( \
+      [] {}, ::vitkernels::emulator::Place::here())
 #define VK_DYNAMIC_SHARED(type, name) \
   type* name = static_cast<type*>(::vitkernels::emulator::dynamic_shared())
 
@@ -47,22 +48,22 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
+using VkPlace = vitkernels::emulator::Place;  // where a call is, for messages
+
 // [G: "Synchronization Functions"; P: bar.sync, barrier.red, bar.warp.sync]
-inline void __syncthreads(vitkernels::emulator::Place place = VK_EMULATOR_HERE) {
+inline void __syncthreads(VkPlace place = VkPlace::here()) {
   vitkernels::emulator::meet_block("__syncthreads", false, place);
 }
-inline int __syncthreads_count(int predicate,
-                               vitkernels::emulator::Place place = VK_EMULATOR_HERE) {
+inline int __syncthreads_count(int predicate, VkPlace place = VkPlace::here()) {
   return vitkernels::emulator::meet_block("__syncthreads_count", predicate != 0, place);
 }
-inline int __syncthreads_or(int predicate, vitkernels::emulator::Place place = VK_EMULATOR_HERE) {
+inline int __syncthreads_or(int predicate, VkPlace place = VkPlace::here()) {
   return vitkernels::emulator::meet_block("__syncthreads_or", predicate != 0, place) != 0;
 }
-inline int __syncthreads_and(int predicate, vitkernels::emulator::Place place = VK_EMULATOR_HERE) {
+inline int __syncthreads_and(int predicate, VkPlace place = VkPlace::here()) {
   return vitkernels::emulator::meet_block("__syncthreads_and", predicate == 0, place) == 0;
 }
-inline void __syncwarp(unsigned mask = 0xffffffffu,
-                       vitkernels::emulator::Place place = VK_EMULATOR_HERE) {
+inline void __syncwarp(unsigned mask = 0xffffffffu, VkPlace place = VkPlace::here()) {
   vitkernels::emulator::meet_warp("__syncwarp", mask, nullptr, nullptr, place);
 }
 
@@ -97,15 +98,14 @@ inline int lane() { return running->id % 32; }
 }  // namespace vitkernels::emulator
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32,
-              vitkernels::emulator::Place place = VK_EMULATOR_HERE) {
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, VkPlace place = VkPlace::here()) {
   const int lane = vitkernels::emulator::lane();
   return vitkernels::emulator::shuffle("__shfl_sync", mask, value,
                                        (lane & ~(width - 1)) + (source & (width - 1)), place);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
-                 vitkernels::emulator::Place place = VK_EMULATOR_HERE) {
+                 VkPlace place = VkPlace::here()) {
   const int lane = vitkernels::emulator::lane(), rank = lane & (width - 1);
   delta &= 31;
   const int from = static_cast<unsigned>(rank) >= delta ? lane - static_cast<int>(delta) : lane;
@@ -113,7 +113,7 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
-                   vitkernels::emulator::Place place = VK_EMULATOR_HERE) {
+                   VkPlace place = VkPlace::here()) {
   const int lane = vitkernels::emulator::lane(), rank = lane & (width - 1);
   delta &= 31;
   const int from =
@@ -122,7 +122,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
-                  vitkernels::emulator::Place place = VK_EMULATOR_HERE) {
+                  VkPlace place = VkPlace::here()) {
   // A source in a later group of `width` lanes is out of range; one in an earlier group is not.
   const int lane = vitkernels::emulator::lane(), source = (lane ^ lane_mask) & 31;
   const int from = source < (lane & ~(width - 1)) + width ? source : lane;
@@ -157,16 +157,13 @@ inline Vote vote(const char* what, unsigned mask, bool predicate, Place place) {
 }
 }  // namespace vitkernels::emulator
 
-inline unsigned __ballot_sync(unsigned mask, int predicate,
-                              vitkernels::emulator::Place place = VK_EMULATOR_HERE) {
+inline unsigned __ballot_sync(unsigned mask, int predicate, VkPlace place = VkPlace::here()) {
   return vitkernels::emulator::vote("__ballot_sync", mask, predicate != 0, place).ballot;
 }
-inline int __any_sync(unsigned mask, int predicate,
-                      vitkernels::emulator::Place place = VK_EMULATOR_HERE) {
+inline int __any_sync(unsigned mask, int predicate, VkPlace place = VkPlace::here()) {
   return vitkernels::emulator::vote("__any_sync", mask, predicate != 0, place).ballot != 0;
 }
-inline int __all_sync(unsigned mask, int predicate,
-                      vitkernels::emulator::Place place = VK_EMULATOR_HERE) {
+inline int __all_sync(unsigned mask, int predicate, VkPlace place = VkPlace::here()) {
   const auto result = vitkernels::emulator::vote("__all_sync", mask, predicate != 0, place);
   return result.ballot == result.voters;
 }
@@ -174,7 +171,7 @@ inline int __all_sync(unsigned mask, int predicate,
 namespace vitkernels {
 
 template <int MAX_THREADS>
-void check_launch_bounds(emulator::Place place = VK_EMULATOR_HERE) {
+void check_launch_bounds(VkPlace place = VkPlace::here()) {
   const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
   if (threads > MAX_THREADS)
     emulator::fail("launched with " + std::to_string(threads) +
@@ -205,17 +202,17 @@ inline void check_alignment(const void* p, Place place) {
 }
 }  // namespace emulator
 
-inline uint4 load_streaming_16(const void* p, emulator::Place place = VK_EMULATOR_HERE) {
+inline uint4 load_streaming_16(const void* p, VkPlace place = VkPlace::here()) {
   emulator::check_alignment(p, place);
   uint4 v;
   std::memcpy(&v, p, 16);
   return v;
 }
-inline uint4 load_cached_16(const void* p, emulator::Place place = VK_EMULATOR_HERE) {
+inline uint4 load_cached_16(const void* p, VkPlace place = VkPlace::here()) {
   return load_streaming_16(p, place);
 }
 inline void prefetch_l2(const void*) {}
-inline void store_16(void* p, uint4 v, emulator::Place place = VK_EMULATOR_HERE) {
+inline void store_16(void* p, uint4 v, VkPlace place = VkPlace::here()) {
   emulator::check_alignment(p, place);
   std::memcpy(p, &v, 16);
 }
