@@ -90,8 +90,8 @@ VK_INLINE Vec first_n(Vec v, int n) {
 using RowPass = float (*)(const NormForwardArgs&, int64_t row, float scale, const float* multiplier,
                           float* z);
 
-// z = residual + scale * multiplier * x into the buffer and into new_residual; returns the row's
-// sum.
+// z = residual + scale * multiplier * x, as new_residual stores it, into the buffer and out;
+// returns the row's sum.
 template <class X, class R, bool kMultiply>
 float add_row(const NormForwardArgs& args, int64_t row, float scale, const float* multiplier,
               float* z) {
@@ -103,7 +103,7 @@ float add_row(const NormForwardArgs& args, int64_t row, float scale, const float
   for_row(args.C, [&](int64_t c, int n, int k) {
     Vec branch = load_or(x + c, n) * factor;
     if (kMultiply) branch = branch * load_or(multiplier + c, n);
-    const Vec v = load_or(residual + c, n) + branch;
+    const Vec v = round_to<R>(load_or(residual + c, n) + branch);
     store(z + c, v);
     store_or(out + c, v, n);
     sums.lane[k] += v;

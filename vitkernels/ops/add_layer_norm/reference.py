@@ -3,7 +3,7 @@ float64.
 
 Corner cases that every backend follows: a sample with row_scale 0 ignores its branch, whatever it
 holds (NaN and Inf too); dropout multiplies, so a dropped NaN stays NaN; statistics come from the
-sum before it is rounded for storage.
+sum as it is stored, so that forward and backward see the same numbers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ Tensor = torch.Tensor
 
 def add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, seed, dropout_p, out_dtype):
     """z = residual + row_scale * gamma * dropout(x); y = LayerNorm(z). Returns y, z, mean, rstd."""
-    z = widen(x)
+    z = x
     if residual is not None:
-        z = widen(residual) + branch(z, gamma, row_scale, seed, dropout_p)
-    xhat, mean, rstd = normalize(z, eps)
+        z = widen(residual) + branch(widen(x), gamma, row_scale, seed, dropout_p)
+        z = z.to(residual.dtype)
+    xhat, mean, rstd = normalize(widen(z), eps)
     return affine(xhat, weight, bias).to(out_dtype), z, mean, rstd
 
 
@@ -69,7 +70,7 @@ def add_layer_norm_fwd(
     y, z, mean, rstd = add_layer_norm(
         x, residual, weight, bias, eps, gamma, row_scale, seed, dropout_p, out_dtype
     )
-    new_residual = None if residual is None else z.to(residual.dtype).contiguous()
+    new_residual = None if residual is None else z.contiguous()
     return y.contiguous(), new_residual, mean, rstd
 
 
@@ -92,13 +93,13 @@ def add_layer_norm_bwd(
     # weight.grad and friends of y = affine((z - mean) * rstd), written out: z is all that was
     # saved.
     wide = widen(z)
-    shape, rows = z.shape, tuple(range(z.ndim - 1))
+    C = z.shape[-1]
     xhat = (wide - mean.to(wide.dtype).unsqueeze(-1)) * rstd.to(wide.dtype).unsqueeze(-1)
     g = torch.zeros_like(wide) if dnew_residual is None else dnew_residual.to(wide.dtype)
-    dweight = dbias = torch.zeros(shape[-1], device=z.device, dtype=wide.dtype)
+    dweight = dbias = torch.zeros(C, device=z.device, dtype=wide.dtype)
     if dy is not None:
         dy = dy.to(wide.dtype)
-        dweight, dbias = (dy * xhat).sum(rows), dy.sum(rows)
+        dweight, dbias = (dy * xhat).reshape(-1, C).sum(0), dy.reshape(-1, C).sum(0)
         wdy = dy if weight is None else dy * weight
         centred = wdy - wdy.mean(-1, keepdim=True) - xhat * (wdy * xhat).mean(-1, keepdim=True)
         g = g + rstd.to(wide.dtype).unsqueeze(-1) * centred
@@ -106,7 +107,12 @@ def add_layer_norm_bwd(
     if output_mask[0]:
         dx = branch(g, gamma, row_scale, seed, dropout_p).to(x_dtype).contiguous()
     if output_mask[4]:
-        dgamma = (g * branch(widen(x), None, row_scale, seed, dropout_p)).sum(rows).to(gamma.dtype)
+        dgamma = (
+            (g * branch(widen(x), None, row_scale, seed, dropout_p))
+            .reshape(-1, C)
+            .sum(0)
+            .to(gamma.dtype)
+        )
     return (
         dx,
         g.to(z.dtype).contiguous() if output_mask[1] else None,
