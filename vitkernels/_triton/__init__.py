@@ -1,7 +1,7 @@
-"""What two or more Triton slices share. Importing it imports triton, so only `_triton.py` files do."""
+"""What the Triton slices share. It imports triton, so only `_triton*.py` files import it."""
 
 from vitkernels._triton.dropout import dropout_scalars, keep_mask
-from vitkernels._triton.launch import INTERPRETED, collapse_rows, multiprocessors, on_device
+from vitkernels._triton.launch import INTERPRETED, collapse_rows, multiprocessors, on_device, stages
 
 __all__ = [
     "INTERPRETED",
@@ -10,4 +10,5 @@ __all__ = [
     "keep_mask",
     "multiprocessors",
     "on_device",
+    "stages",
 ]

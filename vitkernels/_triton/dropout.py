@@ -1,4 +1,4 @@
-"""The keep mask of dropout, the same bits as every other backend: Philox4x32-10(key=seed, counter=index)."""
+"""The keep mask of dropout, the same bits on every backend: Philox4x32-10 of seed and index."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 def dropout_scalars(p: float) -> tuple[int, float]:
-    """(threshold as the bits of an int32, 1 / (1 - p)), the two scalars a kernel with dropout takes."""
+    """(threshold as the bits of an int32, 1 / (1 - p)): what a kernel with dropout takes."""
     threshold = min(round(p * 2**32), 2**32 - 1)
     scale = 0.0 if p >= 1.0 else 1.0 / (1.0 - p)
     return threshold - 2**32 if threshold >= 2**31 else threshold, scale

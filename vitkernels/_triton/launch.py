@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import triton
 
-# True when the kernels of this process run on the CPU, one program after the other (TRITON_INTERPRET=1).
+# True when kernels run on the CPU, one program after the other (TRITON_INTERPRET=1).
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 
@@ -24,14 +24,27 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _row_groups(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
-    """Leading dims merged from the left wherever every tensor allows it: [(size, stride per tensor)]."""
+def stages(device: torch.device, wanted: int) -> int:
+    """Pipeline stages of a kernel's loads: one where a block has less shared memory than an A100's.
+
+    Tiles are chosen for the 163 KB of sm_80 and more; consumer GPUs (sm_86, 89, 120) have 99 KB.
+    """
+    if device.type != "cuda":
+        return wanted
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return wanted if shared >= 160 * 1024 else 1
+
+
+def _row_groups(
+    sizes: Sequence[int], strides: Sequence[Sequence[int]]
+) -> list[tuple[int, list[int]]]:
+    """[(size, stride per tensor)] of the dims, merged wherever every tensor allows it."""
     groups: list[tuple[int, list[int]]] = []
     for dim, size in enumerate(sizes):
         if size == 1:
             continue
         here = [stride[dim] for stride in strides]
-        if groups and all(outer == inner * size for outer, inner in zip(groups[-1][1], here)):
+        if groups and groups[-1][1] == [stride * size for stride in here]:
             groups[-1] = (groups[-1][0] * size, here)
         else:
             groups.append((size, here))
@@ -41,20 +54,24 @@ def _row_groups(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> list[
 def collapse_rows(
     *tensors: torch.Tensor | None,
 ) -> tuple[int, list[torch.Tensor | None], list[tuple[int, int, int]]]:
-    """Sees tensors of one shape (..., C) as rows: row r lies at (r // inner) * outer_stride + (r % inner) * inner_stride.
+    """Tensors of one shape (..., C) as rows: (inner_rows, tensors, strides of each tensor).
 
-    Returns inner, the tensors, and (outer_stride, inner_stride, column_stride) for each, zeros for None.
-    Two levels cover batches, tokens, transposes and expands; only what needs a third one is copied.
+    Strides are (outer, inner, column), zeros for None: row r lies at
+    (r // inner_rows) * outer + (r % inner_rows) * inner. Two levels cover batches, tokens,
+    transposes and expands; only a tensor that needs a third one is copied.
     """
     present = [t for t in tensors if t is not None]
     lead = present[0].shape[:-1]
     groups = _row_groups(lead, [t.stride() for t in present])
     if len(groups) > 2:
-        present = [t if len(_row_groups(lead, [t.stride()])) < 2 else t.contiguous() for t in present]
+        present = [
+            t if len(_row_groups(lead, [t.stride()])) < 2 else t.contiguous() for t in present
+        ]
         groups = _row_groups(lead, [t.stride() for t in present])
     while len(groups) < 2:
         groups.insert(0, (1, [0] * len(present)))
     (_, outer), (inner_rows, inner) = groups
-    found = iter(zip(present, zip(outer, inner, (t.stride(-1) for t in present))))
+    columns = [t.stride(-1) for t in present]
+    found = iter(zip(present, zip(outer, inner, columns, strict=True), strict=True))
     pairs = [(None, (0, 0, 0)) if t is None else next(found) for t in tensors]
     return inner_rows, [t for t, _ in pairs], [s for _, s in pairs]

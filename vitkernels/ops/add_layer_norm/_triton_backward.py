@@ -1,11 +1,13 @@
 """Triton backward of add_layer_norm and layer_norm_add.
 
-    g = dnew_residual + rstd * (weight * dy - mean(weight * dy) - xhat * mean(weight * dy * xhat)) = dresidual
+    wdy = weight * dy
+    g = dnew_residual + rstd * (wdy - mean(wdy) - xhat * mean(wdy * xhat)), which is dresidual
     dx = row_scale[b] * gamma * keep / (1 - p) * g
 
-A fixed number of programs runs over contiguous runs of rows, each leaving one partial sum of dweight, dbias and
-dgamma, which a second kernel adds in a fixed order: no atomics, the same bits every time. Rows of more than
-RESIDENT_COLUMNS columns take two steps: one program per row, then one per block of columns and run of rows.
+A fixed number of programs runs over contiguous runs of rows, each leaving one partial sum of
+dweight, dbias and dgamma, which a second kernel adds in a fixed order: no atomics, the same bits
+every time. Rows of more than RESIDENT_COLUMNS columns take two steps: one program per row, then one
+per block of columns and run of rows.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def _load_gradients(
     dy_ptr, dnew_residual_ptr, z_ptr, weight_ptr, row, col, mask, mean, rstd, scale, C, inner_rows,
     dy_strides, dnew_residual_strides, z_strides, SCALE_DY: tl.constexpr,
 ):  # fmt: skip
-    """dy (scaled here where the scale came after the normalization), weight * dy, xhat and dnew_residual."""
+    """dy (scaled if the scale came after the normalization), weight * dy, xhat, dnew_residual."""
     if SCALE_DY:
         dy = load_rows(dy_ptr, row, col, read_mask(mask, scale), inner_rows, dy_strides)
         dy = through_branch(dy, None, None, scale, None, 0, 0.0)
@@ -83,17 +85,24 @@ def _gamma_gradient(
     return dz * through_branch(x, index, None, scale, seed_ptr, threshold, keep_scale)
 
 
+@triton.jit
+def _store_partial(ptr, total, program, col, C):
+    if ptr is not None:
+        tl.store(ptr + program.to(tl.int64) * C + col, tl.sum(total, 0), mask=col < C)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _backward_kernel(
-    dy_ptr, dnew_residual_ptr, z_ptr, mean_ptr, rstd_ptr, x_ptr, weight_ptr, gamma_ptr, row_scale_ptr, seed_ptr,
-    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, dgamma_ptr,
+    dy_ptr, dnew_residual_ptr, z_ptr, mean_ptr, rstd_ptr, x_ptr, weight_ptr, gamma_ptr,
+    row_scale_ptr, seed_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, dgamma_ptr,
     rows, C, rows_per_sample, inner_rows, rows_per_program,
     dy_strides, dnew_residual_strides, z_strides, x_strides, threshold, keep_scale,
     SCALE_DY: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Both backwards for resident rows (SCALE_DY: layer_norm_add). Grid: (programs,), each a contiguous run of rows.
+    """Both backwards for resident rows (SCALE_DY: layer_norm_add).
 
-    dweight_ptr, dbias_ptr and dgamma_ptr are (programs, C) partial sums. Limits: rows < 2^31 - BLOCK_R.
+    Grid: (programs,), each a run of rows_per_program rows. dweight_ptr, dbias_ptr and dgamma_ptr
+    are (programs, C) partial sums. Limits: C <= BLOCK_C, rows < 2^31 - BLOCK_R.
     """
     program = tl.program_id(0)
     first = program * rows_per_program
@@ -110,41 +119,43 @@ def _backward_kernel(
         rstd = tl.load(rstd_ptr + row, mask=row < last, other=0.0)
         scale = load_row_scale(row_scale_ptr, row, last, rows_per_sample)
         dy, wdy, xhat, dnew_residual = _load_gradients(
-            dy_ptr, dnew_residual_ptr, z_ptr, weight_ptr, row, col, mask, mean, rstd, scale, C, inner_rows,
-            dy_strides, dnew_residual_strides, z_strides, SCALE_DY,
+            dy_ptr, dnew_residual_ptr, z_ptr, weight_ptr, row, col, mask, mean, rstd, scale, C,
+            inner_rows, dy_strides, dnew_residual_strides, z_strides, SCALE_DY,
         )  # fmt: skip
         wdy_xhat_mean = tl.sum(wdy * xhat, 1) / C
         wdy_mean = tl.sum(wdy, 1) / C
         dz = _z_gradient(dy_ptr, wdy, xhat, dnew_residual, rstd, wdy_xhat_mean, wdy_mean)
         _store_gradients(
-            dz, dx_ptr, dresidual_ptr, gamma_ptr, seed_ptr, row, col, mask, scale, C, threshold, keep_scale, SCALE_DY
-        )
+            dz, dx_ptr, dresidual_ptr, gamma_ptr, seed_ptr, row, col, mask, scale, C, threshold,
+            keep_scale, SCALE_DY,
+        )  # fmt: skip
         if dweight_ptr is not None:
             dweight += dy * xhat
         if dbias_ptr is not None:
             dbias += dy
         if dgamma_ptr is not None:
             dgamma += _gamma_gradient(
-                dz, x_ptr, seed_ptr, row, col, mask, scale, C, inner_rows, x_strides, threshold, keep_scale
-            )
+                dz, x_ptr, seed_ptr, row, col, mask, scale, C, inner_rows, x_strides, threshold,
+                keep_scale,
+            )  # fmt: skip
 
-    out = program.to(tl.int64) * C + col
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + out, tl.sum(dweight, 0), mask=col < C)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + out, tl.sum(dbias, 0), mask=col < C)
-    if dgamma_ptr is not None:
-        tl.store(dgamma_ptr + out, tl.sum(dgamma, 0), mask=col < C)
+    _store_partial(dweight_ptr, dweight, program, col, C)
+    _store_partial(dbias_ptr, dbias, program, col, C)
+    _store_partial(dgamma_ptr, dgamma, program, col, C)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _backward_row_kernel(
-    dy_ptr, dnew_residual_ptr, z_ptr, mean_ptr, rstd_ptr, weight_ptr, gamma_ptr, row_scale_ptr, seed_ptr,
-    dx_ptr, dresidual_ptr, means_ptr,
-    rows, C, rows_per_sample, inner_rows, dy_strides, dnew_residual_strides, z_strides, threshold, keep_scale,
+    dy_ptr, dnew_residual_ptr, z_ptr, mean_ptr, rstd_ptr, weight_ptr, gamma_ptr, row_scale_ptr,
+    seed_ptr, dx_ptr, dresidual_ptr, means_ptr,
+    rows, C, rows_per_sample, inner_rows,
+    dy_strides, dnew_residual_strides, z_strides, threshold, keep_scale,
     SCALE_DY: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Long rows, first step: dx and dresidual, and the two means of each row into means_ptr (rows, 2). Grid: (rows,)."""
+    """Long rows, first step: dx, dresidual, and the means of each row. Grid: (rows,).
+
+    means_ptr (rows, 2) holds mean(weight * dy * xhat) and mean(weight * dy) for the second step.
+    """
     row = tl.program_id(0) + tl.arange(0, 1)
     col = tl.arange(0, BLOCK_C)
     mean = tl.load(mean_ptr + row)
@@ -170,24 +181,28 @@ def _backward_row_kernel(
         here = start + col
         mask = (here < C)[None, :]
         _, wdy, xhat, dnew_residual = _load_gradients(
-            dy_ptr, dnew_residual_ptr, z_ptr, weight_ptr, row, here, mask, mean, rstd, scale, C, inner_rows,
-            dy_strides, dnew_residual_strides, z_strides, SCALE_DY,
+            dy_ptr, dnew_residual_ptr, z_ptr, weight_ptr, row, here, mask, mean, rstd, scale, C,
+            inner_rows, dy_strides, dnew_residual_strides, z_strides, SCALE_DY,
         )  # fmt: skip
         dz = _z_gradient(dy_ptr, wdy, xhat, dnew_residual, rstd, wdy_xhat_mean, wdy_mean)
         _store_gradients(
-            dz, dx_ptr, dresidual_ptr, gamma_ptr, seed_ptr, row, here, mask, scale, C, threshold, keep_scale, SCALE_DY
-        )
+            dz, dx_ptr, dresidual_ptr, gamma_ptr, seed_ptr, row, here, mask, scale, C, threshold,
+            keep_scale, SCALE_DY,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _backward_column_kernel(
-    dy_ptr, dnew_residual_ptr, z_ptr, mean_ptr, rstd_ptr, means_ptr, x_ptr, weight_ptr, row_scale_ptr, seed_ptr,
-    dweight_ptr, dbias_ptr, dgamma_ptr,
+    dy_ptr, dnew_residual_ptr, z_ptr, mean_ptr, rstd_ptr, means_ptr, x_ptr, weight_ptr,
+    row_scale_ptr, seed_ptr, dweight_ptr, dbias_ptr, dgamma_ptr,
     rows, C, rows_per_sample, inner_rows, rows_per_program,
     dy_strides, dnew_residual_strides, z_strides, x_strides, threshold, keep_scale,
     SCALE_DY: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Long rows, second step: partial sums (programs, C) of the parameter gradients. Grid: (ceil(C / BLOCK_C), programs)."""
+    """Long rows, second step: partial sums (programs, C) of the parameter gradients.
+
+    Grid: (ceil(C / BLOCK_C), programs).
+    """
     col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     program = tl.program_id(1)
     first = program * rows_per_program
@@ -203,8 +218,8 @@ def _backward_column_kernel(
         rstd = tl.load(rstd_ptr + row, mask=row < last, other=0.0)
         scale = load_row_scale(row_scale_ptr, row, last, rows_per_sample)
         dy, wdy, xhat, dnew_residual = _load_gradients(
-            dy_ptr, dnew_residual_ptr, z_ptr, weight_ptr, row, col, mask, mean, rstd, scale, C, inner_rows,
-            dy_strides, dnew_residual_strides, z_strides, SCALE_DY,
+            dy_ptr, dnew_residual_ptr, z_ptr, weight_ptr, row, col, mask, mean, rstd, scale, C,
+            inner_rows, dy_strides, dnew_residual_strides, z_strides, SCALE_DY,
         )  # fmt: skip
         if dweight_ptr is not None:
             dweight += dy * xhat
@@ -216,16 +231,19 @@ def _backward_column_kernel(
             wdy_mean = tl.load(means + 1, mask=row < last, other=0.0)
             dz = _z_gradient(dy_ptr, wdy, xhat, dnew_residual, rstd, wdy_xhat_mean, wdy_mean)
             dgamma += _gamma_gradient(
-                dz, x_ptr, seed_ptr, row, col, mask, scale, C, inner_rows, x_strides, threshold, keep_scale
-            )
+                dz, x_ptr, seed_ptr, row, col, mask, scale, C, inner_rows, x_strides, threshold,
+                keep_scale,
+            )  # fmt: skip
 
-    out = program.to(tl.int64) * C + col
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + out, tl.sum(dweight, 0), mask=col < C)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + out, tl.sum(dbias, 0), mask=col < C)
-    if dgamma_ptr is not None:
-        tl.store(dgamma_ptr + out, tl.sum(dgamma, 0), mask=col < C)
+    _store_partial(dweight_ptr, dweight, program, col, C)
+    _store_partial(dbias_ptr, dbias, program, col, C)
+    _store_partial(dgamma_ptr, dgamma, program, col, C)
+
+
+@triton.jit
+def _store_parameter(ptr, gradient, col, mask):
+    if ptr is not None:
+        tl.store(ptr + col, gradient.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -243,19 +261,19 @@ def _sum_partials_kernel(
         mask = (part < programs)[:, None] & (col < C)[None, :]
         total += tl.load(partial_ptr + offset, mask=mask, other=0.0)
     gradient = tl.sum(total, 0)
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + col, gradient.to(dweight_ptr.dtype.element_ty), mask=(col < C) & (which == 0))
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + col, gradient.to(dbias_ptr.dtype.element_ty), mask=(col < C) & (which == 1))
-    if dgamma_ptr is not None:
-        tl.store(dgamma_ptr + col, gradient.to(dgamma_ptr.dtype.element_ty), mask=(col < C) & (which == 2))
+    _store_parameter(dweight_ptr, gradient, col, (col < C) & (which == 0))
+    _store_parameter(dbias_ptr, gradient, col, (col < C) & (which == 1))
+    _store_parameter(dgamma_ptr, gradient, col, (col < C) & (which == 2))
 
 
-# --- launch settings: chosen by registers and spills on sm_90 (tests/test_triton_compile.py), not timed yet ---
+# --- launch settings: by registers and spills on sm_90 (test_triton_compile.py), not timed ------
 
 
 def backward_plan(rows: int, C: int, processors: int) -> tuple[int, int, int, int, int]:
-    """(BLOCK_R, BLOCK_C, num_warps, rows_per_program, programs): about 8 elements a thread, each held nine times."""
+    """(BLOCK_R, BLOCK_C, num_warps, rows_per_program, programs).
+
+    About 8 elements a thread, because nine tensors of them live at once.
+    """
     if C > RESIDENT_COLUMNS:
         block_r, block_c, num_warps, most = 8, 128, 4, max(1, processors // 16)
     else:
@@ -263,7 +281,8 @@ def backward_plan(rows: int, C: int, processors: int) -> tuple[int, int, int, in
         block_r, num_warps = max(1, 1024 // block_c), min(16, max(4, block_c // 256))
         most = processors * max(1, 16 // num_warps)
     rows_per_program = triton.cdiv(triton.cdiv(max(rows, 1), most), block_r) * block_r
-    return block_r, block_c, num_warps, rows_per_program, triton.cdiv(max(rows, 1), rows_per_program)
+    programs = triton.cdiv(max(rows, 1), rows_per_program)
+    return block_r, block_c, num_warps, rows_per_program, programs
 
 
 # --- launchers -----------------------------------------------------------------------------------
@@ -319,12 +338,15 @@ def _empty_like(parameter, wanted, z):
 
 
 def add_layer_norm_bwd(
-    dy, dnew_residual, z, mean, rstd, x, weight, bias, gamma, row_scale, seed, dropout_p, x_dtype, output_mask
+    dy, dnew_residual, z, mean, rstd, x, weight, bias, gamma, row_scale, seed, dropout_p, x_dtype,
+    output_mask,
 ):  # fmt: skip
     like = {"device": z.device}
     dx = torch.empty(z.shape, dtype=x_dtype, **like) if output_mask[0] else None
     dresidual = torch.empty(z.shape, dtype=z.dtype, **like) if output_mask[1] else None
-    dweight, dbias, dgamma = (_empty_like(p, m, z) for p, m in zip((weight, bias, gamma), output_mask[2:]))
+    dweight, dbias, dgamma = (
+        _empty_like(p, m, z) for p, m in zip((weight, bias, gamma), output_mask[2:], strict=True)
+    )
     gradients = (dx, dresidual, dweight, dbias, dgamma)
     if dy is None and dnew_residual is None:
         for gradient in gradients:
@@ -332,15 +354,16 @@ def add_layer_norm_bwd(
                 gradient.zero_()
         return gradients
     _launch_backward(
-        dy, dnew_residual, z, mean, rstd, x if dgamma is not None else None, weight, gamma, row_scale,
-        seed if dropout_p > 0 else None, dropout_p, *gradients, scale_dy=False,
+        dy, dnew_residual, z, mean, rstd, x if dgamma is not None else None, weight, gamma,
+        row_scale, seed if dropout_p > 0 else None, dropout_p, *gradients, scale_dy=False,
     )  # fmt: skip
     return gradients
 
 
 def layer_norm_add_bwd(dout, x, mean, rstd, weight, bias, row_scale, output_mask):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if output_mask[0] else None
-    dweight, dbias = (_empty_like(p, m, x) for p, m in zip((weight, bias), output_mask[1:]))
+    dweight = _empty_like(weight, output_mask[1], x)
+    dbias = _empty_like(bias, output_mask[2], x)
     _launch_backward(
         dout, None, x, mean, rstd, None, weight, None, row_scale, None, 0.0, dx, None,
         dweight, dbias, None, scale_dy=True,

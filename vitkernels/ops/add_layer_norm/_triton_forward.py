@@ -4,7 +4,7 @@
     layer_norm_add   y = residual + row_scale[b] * LayerNorm(x)
 
 Rows of up to RESIDENT_COLUMNS columns stay in registers; longer ones are read again for each pass.
-Strides come as tuples (outer, inner, column): row r lies at (r // inner_rows) * outer + (r % inner_rows) * inner.
+Strides are (outer, inner, column): row r = i * inner_rows + j lies at i * outer + j * inner.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VARYING = ["rows", "rows_per_sample", "inner_rows", "rows_per_program", "program
 
 @triton.jit
 def through_branch(value, index, gamma, scale, seed_ptr, threshold, keep_scale):
-    """row_scale * gamma * keep / (1 - p) * value: of x in the forward, of the gradient in the backward."""
+    """row_scale * gamma * keep / (1 - p) * value: x in the forward, g in the backward."""
     if scale is not None:
         value = tl.where(scale != 0.0, value, 0.0)
     if seed_ptr is not None:
@@ -123,9 +123,9 @@ def _forward_kernel(
 ):  # fmt: skip
     """Both forwards (ADD_AFTER: layer_norm_add). Grid: (ceil(rows / BLOCK_R),).
 
-    RESIDENT: BLOCK_C >= C, z stays in registers and the variance is the mean square of z - mean. Otherwise the
-    statistics of the column blocks are merged (Chan), and z is computed a second time for y.
-    Limits: rows < 2^31 - BLOCK_R.
+    RESIDENT: BLOCK_C >= C, z stays in registers and the variance is the mean square of z - mean.
+    Otherwise the statistics of the column blocks are merged (Chan), and z is computed a second time
+    for y. Limits: rows < 2^31 - BLOCK_R.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.arange(0, BLOCK_C)
@@ -134,7 +134,8 @@ def _forward_kernel(
     if RESIDENT:
         mask = (row < rows)[:, None] & (col < C)[None, :]
         z = _load_z(
-            x_ptr, residual_ptr, gamma_ptr, seed_ptr, row, col, mask, scale, C, inner_rows, x_strides,
+            x_ptr, residual_ptr, gamma_ptr, seed_ptr, row, col, mask, scale, C, inner_rows,
+            x_strides,
             residual_strides, threshold, keep_scale, ADD_AFTER,
         )  # fmt: skip
         if new_residual_ptr is not None:
@@ -149,7 +150,8 @@ def _forward_kernel(
             here = start + col
             mask = (row < rows)[:, None] & (here < C)[None, :]
             z = _load_z(
-                x_ptr, residual_ptr, gamma_ptr, seed_ptr, row, here, mask, scale, C, inner_rows, x_strides,
+                x_ptr, residual_ptr, gamma_ptr, seed_ptr, row, here, mask, scale, C, inner_rows,
+                x_strides,
                 residual_strides, threshold, keep_scale, ADD_AFTER,
             )  # fmt: skip
             if new_residual_ptr is not None:
@@ -170,7 +172,8 @@ def _forward_kernel(
 
     if RESIDENT:
         _store_normalized(
-            z, mean, rstd, y_ptr, residual_ptr, weight_ptr, bias_ptr, row, col, mask, scale, C, inner_rows,
+            z, mean, rstd, y_ptr, residual_ptr, weight_ptr, bias_ptr, row, col, mask, scale, C,
+            inner_rows,
             residual_strides, ADD_AFTER,
         )  # fmt: skip
     else:
@@ -178,20 +181,22 @@ def _forward_kernel(
             here = start + col
             mask = (row < rows)[:, None] & (here < C)[None, :]
             z = _load_z(
-                x_ptr, residual_ptr, gamma_ptr, seed_ptr, row, here, mask, scale, C, inner_rows, x_strides,
+                x_ptr, residual_ptr, gamma_ptr, seed_ptr, row, here, mask, scale, C, inner_rows,
+                x_strides,
                 residual_strides, threshold, keep_scale, ADD_AFTER,
             )  # fmt: skip
             _store_normalized(
-                z, mean, rstd, y_ptr, residual_ptr, weight_ptr, bias_ptr, row, here, mask, scale, C, inner_rows,
+                z, mean, rstd, y_ptr, residual_ptr, weight_ptr, bias_ptr, row, here, mask, scale, C,
+                inner_rows,
                 residual_strides, ADD_AFTER,
             )  # fmt: skip
 
 
-# --- launch settings: chosen by registers and spills on sm_90 (tests/test_triton_compile.py), not timed yet ---
+# --- launch settings: by registers and spills on sm_90 (test_triton_compile.py), not timed ------
 
 
 def forward_plan(C: int) -> tuple[bool, int, int, int]:
-    """(RESIDENT, BLOCK_R, BLOCK_C, num_warps): about 32 elements a thread, one warp per row up to C = 1024."""
+    """(RESIDENT, BLOCK_R, BLOCK_C, num_warps): 32 elements a thread, one warp to C = 1024."""
     if C > RESIDENT_COLUMNS:
         return False, 1, LOOP_COLUMNS, 8
     block_c = max(16, triton.next_power_of_2(C))
@@ -209,7 +214,9 @@ def rows_per_sample(rows, row_scale):
     return 1 if row_scale is None else rows // max(1, row_scale.numel())
 
 
-def _launch_forward(x, residual, weight, bias, gamma, row_scale, seed, dropout_p, eps, y, new_residual, add_after):
+def _launch_forward(
+    x, residual, weight, bias, gamma, row_scale, seed, dropout_p, eps, y, new_residual, add_after
+):
     C = x.shape[-1]
     rows = y.numel() // C
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -220,25 +227,32 @@ def _launch_forward(x, residual, weight, bias, gamma, row_scale, seed, dropout_p
     with on_device(y):
         _forward_kernel[(triton.cdiv(rows, block_r),)](
             x, residual, weight, bias, gamma, row_scale, seed, y, new_residual, mean, rstd,
-            rows, C, rows_per_sample(rows, row_scale), inner_rows, *strides, eps, *dropout_scalars(dropout_p),
-            ADD_AFTER=add_after, RESIDENT=resident, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=num_warps,
+            rows, C, rows_per_sample(rows, row_scale), inner_rows, *strides, eps,
+            *dropout_scalars(dropout_p),
+            ADD_AFTER=add_after, RESIDENT=resident, BLOCK_R=block_r, BLOCK_C=block_c,
+            num_warps=num_warps,
         )  # fmt: skip
     return mean, rstd
 
 
-def add_layer_norm_fwd(x, residual, weight, bias, gamma, row_scale, seed, dropout_p, eps, out_dtype):
+def add_layer_norm_fwd(
+    x, residual, weight, bias, gamma, row_scale, seed, dropout_p, eps, out_dtype
+):
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     new_residual = None
     if residual is not None:
         new_residual = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     seed = seed if dropout_p > 0 else None
     mean, rstd = _launch_forward(
-        x, residual, weight, bias, gamma, row_scale, seed, dropout_p, eps, y, new_residual, add_after=False
-    )
+        x, residual, weight, bias, gamma, row_scale, seed, dropout_p, eps, y, new_residual,
+        add_after=False,
+    )  # fmt: skip
     return y, new_residual, mean, rstd
 
 
 def layer_norm_add_fwd(x, residual, weight, bias, row_scale, eps):
     out = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    mean, rstd = _launch_forward(x, residual, weight, bias, None, row_scale, None, 0.0, eps, out, None, add_after=True)
+    mean, rstd = _launch_forward(
+        x, residual, weight, bias, None, row_scale, None, 0.0, eps, out, None, add_after=True
+    )
     return out, mean, rstd

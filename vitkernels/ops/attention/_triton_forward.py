@@ -1,19 +1,19 @@
 """Triton forward of attention: out = dropout(softmax(scale * q k^T + bias)) v and lse.
 
-Up to WHOLE_ROW keys in 16 bits, a block of queries sees its whole row of scores at once (single-pass softmax, no
-rescaling) and the keys and values of the head stay in shared memory for every block of queries. Beyond that a loop over
-blocks of keys with online softmax precedes the same single pass over the rest of the row.
+Up to WHOLE_ROW keys in 16 bits, a block of queries sees its whole row of scores at once
+(single-pass softmax, no rescaling) and the keys and values of the head stay in shared memory for
+every block of queries. Beyond that a loop over blocks of keys with online softmax precedes the same
+single pass over the rest of the row.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from vitkernels._triton import INTERPRETED, dropout_scalars, multiprocessors, on_device
+from vitkernels._triton import dropout_scalars, multiprocessors, on_device, stages
+from vitkernels.ops.attention._triton_plans import blocks_of_a_head, forward_plan
 from vitkernels.ops.attention._triton_tiles import (
     LN2,
     VARYING,
@@ -24,34 +24,18 @@ from vitkernels.ops.attention._triton_tiles import (
     dot_rows,
     finish_scores,
     finite_or_zero,
+    first_of,
     head_pointer,
     heads,
     kept,
+    load_parts,
     load_tiles,
     mask_pointer,
     mask_view,
     scale_tiles,
-    split_columns,
-    split_dims,
     store_tiles,
     zero_tiles,
 )
-
-WHOLE_ROW = 272
-
-
-@triton.jit
-def load_parts(
-    ptr, first, Nk, strides, D: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr, UNIT: tl.constexpr,
-    DOT: tl.constexpr,
-):  # fmt: skip
-    """Keys or values from `first` on, one tuple of tiles per entry of COLUMNS."""
-    parts = ()
-    start = first
-    for n in tl.static_range(len(COLUMNS)):
-        parts = parts + (load_tiles(ptr, start + tl.arange(0, COLUMNS[n]), Nk, strides, D, DIMS, UNIT, DOT),)
-        start += COLUMNS[n]
-    return parts
 
 
 @triton.jit
@@ -68,13 +52,14 @@ def _forward_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, mask_ptr, seed_ptr, out_ptr, lse_ptr,
     H, Nq, Nk, groups, blocks_per_program, main,
     q_strides, k_strides, v_strides, out_strides, bias_strides, scale, threshold, keep_scale,
-    D: tl.constexpr, UNIT: tl.constexpr, DOT: tl.constexpr, BIAS_IS_BOOL: tl.constexpr, LOOP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, DOT: tl.constexpr, BIAS_IS_BOOL: tl.constexpr,
+    LOOP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_LOOP: tl.constexpr, PARTS: tl.constexpr,
+    DIMS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (groups * H * B,), the groups of blocks_per_program query blocks of one head next to each other.
+    """Grid: (groups * H * B,); a group is blocks_per_program query blocks of one head.
 
-    Keys [0, main) go in a loop over BLOCK_N (only if LOOP), the rest at once in the static tiles COLUMNS.
-    Limits: D <= 256, Nq and Nk < 2^31 - BLOCK_M.
+    Keys [0, main) go in a loop over BLOCK_LOOP (only if LOOP), the rest at once in the static tiles
+    PARTS. Limits: D <= 256, Nq and Nk < 2^31 - BLOCK, groups * H * B < 2^31.
     """
     head = tl.program_id(0) // groups
     group = tl.program_id(0) % groups
@@ -89,103 +74,66 @@ def _forward_kernel(
     lse_ptr += head.to(tl.int64) * Nq
 
     if not LOOP:
-        k_rest = load_parts(k_ptr, 0, Nk, k_strides, D, COLUMNS, DIMS, UNIT, DOT)
-        v_rest = load_parts(v_ptr, 0, Nk, v_strides, D, COLUMNS, DIMS, UNIT, DOT)
+        k_rest = load_parts(k_ptr, 0, Nk, k_strides, D, PARTS, DIMS, UNIT, DOT)
+        v_rest = load_parts(v_ptr, 0, Nk, v_strides, D, PARTS, DIMS, UNIT, DOT)
     first_block = group * blocks_per_program
-    last_block = tl.minimum(first_block + blocks_per_program, tl.cdiv(Nq, BLOCK_M))
+    last_block = tl.minimum(first_block + blocks_per_program, tl.cdiv(Nq, BLOCK))
     for block in range(first_block, last_block):
-        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = block * BLOCK + tl.arange(0, BLOCK)
         i = row[:, None]
-        q = load_tiles(q_ptr, row, Nq, q_strides, D, DIMS, UNIT, DOT)
-        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        out = zero_tiles(BLOCK_M, DIMS)
+        q = load_tiles(q_ptr, row, Nq, q_strides, D, DIMS, UNIT, DOT, True)
+        top = tl.full((BLOCK,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        out = zero_tiles(BLOCK, DIMS)
 
         if LOOP:
-            for start in range(0, main, BLOCK_N):
-                column = start + tl.arange(0, BLOCK_N)
+            for start in range(0, main, BLOCK_LOOP):
+                column = start + tl.arange(0, BLOCK_LOOP)
                 j = column[None, :]
-                k = load_tiles(k_ptr, column, Nk, k_strides, D, DIMS, UNIT, DOT)
+                k = load_tiles(k_ptr, column, Nk, k_strides, D, DIMS, UNIT, DOT, False)
                 s = finish_scores(
-                    dot_rows(q, k), i, j, bias_ptr, mask_ptr, bias_strides, Nq, Nk, scale, BIAS_IS_BOOL, False
-                )
+                    dot_rows(q, k), i, j, bias_ptr, mask_ptr, bias_strides, Nq, Nk, scale,
+                    BIAS_IS_BOOL, False,
+                )  # fmt: skip
                 new_top = tl.maximum(top, tl.max(s, 1))
                 base = finite_or_zero(new_top)
                 rescale = tl.exp2(top - base)
                 p = tl.exp2(s - base[:, None])
                 top = new_top
                 total = total * rescale + tl.sum(p, 1)
-                v = load_tiles(v_ptr, column, Nk, v_strides, D, DIMS, UNIT, DOT)
+                v = load_tiles(v_ptr, column, Nk, v_strides, D, DIMS, UNIT, DOT, False)
                 p = _dropped(p, seed_ptr, head, i, j, Nq, Nk, threshold)
                 out = add_dot(scale_tiles(out, rescale[:, None]), p, v)
-            k_rest = load_parts(k_ptr, main, Nk, k_strides, D, COLUMNS, DIMS, UNIT, DOT)
-            v_rest = load_parts(v_ptr, main, Nk, v_strides, D, COLUMNS, DIMS, UNIT, DOT)
+            k_rest = load_parts(k_ptr, main, Nk, k_strides, D, PARTS, DIMS, UNIT, DOT)
+            v_rest = load_parts(v_ptr, main, Nk, v_strides, D, PARTS, DIMS, UNIT, DOT)
 
         scores = ()
         new_top = top
-        start = main
-        for n in tl.static_range(len(COLUMNS)):
-            j = (start + tl.arange(0, COLUMNS[n]))[None, :]
+        for n in tl.static_range(len(PARTS)):
+            j = (main + first_of(PARTS, n) + tl.arange(0, PARTS[n]))[None, :]
             s = finish_scores(
-                dot_rows(q, k_rest[n]), i, j, bias_ptr, mask_ptr, bias_strides, Nq, Nk, scale, BIAS_IS_BOOL,
-                n == len(COLUMNS) - 1,
+                dot_rows(q, k_rest[n]), i, j, bias_ptr, mask_ptr, bias_strides, Nq, Nk, scale,
+                BIAS_IS_BOOL, n == len(PARTS) - 1,
             )  # fmt: skip
             new_top = tl.maximum(new_top, tl.max(s, 1))
             scores = scores + (s,)
-            start += COLUMNS[n]
         base = finite_or_zero(new_top)
         if LOOP:
             rescale = tl.exp2(top - base)
             total = total * rescale
             out = scale_tiles(out, rescale[:, None])
-        start = main
-        for n in tl.static_range(len(COLUMNS)):
-            j = (start + tl.arange(0, COLUMNS[n]))[None, :]
+        for n in tl.static_range(len(PARTS)):
+            j = (main + first_of(PARTS, n) + tl.arange(0, PARTS[n]))[None, :]
             p = tl.exp2(scores[n] - base[:, None])
             total += tl.sum(p, 1)
             p = _dropped(p, seed_ptr, head, i, j, Nq, Nk, threshold)
             out = add_dot(out, p, v_rest[n])
-            start += COLUMNS[n]
 
         # A fully masked row has total 0: output 0, log-sum-exp -inf.
         factor = keep_scale / tl.where(total == 0.0, 1.0, total)
         store_tiles(out_ptr, scale_tiles(out, factor[:, None]), row, Nq, out_strides, D, DIMS, UNIT)
         lse = tl.where(total == 0.0, float("-inf"), (new_top + tl.log2(total)) * LN2)
         tl.store(lse_ptr + row, lse, mask=row < Nq)
-
-
-class ForwardPlan(NamedTuple):
-    main: int  # keys taken by the loop
-    columns: tuple[int, ...]  # the rest of the row
-    dims: tuple[int, ...]
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-    def useful(self, Nq: int, Nk: int) -> float:
-        """The fraction of the score tile that is not padding."""
-        return Nq * Nk / (triton.cdiv(Nq, self.block_m) * self.block_m * (self.main + sum(self.columns)))
-
-
-def forward_plan(Nk: int, D: int, dtype: torch.dtype, plain: bool = True) -> ForwardPlan:
-    """plain: no bias, mask or dropout, which cost registers beside the scores of a whole row.
-
-    Tiles by registers and spills on sm_90 (tests/test_triton_compile.py), not timed yet.
-    """
-    dims = split_dims(D)
-    if dtype == torch.float32 and not INTERPRETED:  # products by FMA, operands and scores in registers
-        block_m, block_n, num_warps, num_stages = 64, 32, 8, 1
-    elif sum(dims) <= 64 and plain and Nk <= WHOLE_ROW:
-        return ForwardPlan(0, split_columns(Nk), dims, 64, 128, 4, 1)
-    elif sum(dims) <= 64:
-        block_m, block_n, num_warps, num_stages = (128, 128, 8, 3) if plain else (64, 64, 4, 2)
-    elif sum(dims) <= 128:
-        block_m, block_n, num_warps, num_stages = 128, 64, 8, 2
-    else:
-        block_m, block_n, num_warps, num_stages = 64, 32, 8, 2
-    main = (Nk - 1) // block_n * block_n
-    return ForwardPlan(main, split_columns(Nk - main, block_n), dims, block_m, block_n, num_warps, num_stages)
 
 
 def launch_forward(q, k, v, bias, key_padding_mask, seed, scale, dropout_p, out, lse):
@@ -196,18 +144,15 @@ def launch_forward(q, k, v, bias, key_padding_mask, seed, scale, dropout_p, out,
     plan = forward_plan(Nk, D, q.dtype, plain)
     (q, k, v, out), strides, unit = heads(q, k, v, out)
     bias, bias_strides, bias_is_bool = bias_view(bias, B, H, Nq, Nk)
-    blocks = triton.cdiv(Nq, plan.block_m)
-    # All blocks of a head in one program read its keys once, unless that leaves multiprocessors idle.
-    fill = max(1, 2 * multiprocessors(q.device) // max(1, B * H))
-    blocks_per_program = 1 if plan.main else triton.cdiv(blocks, min(blocks, fill))
-    groups = triton.cdiv(blocks, blocks_per_program)
+    groups, per_program = blocks_of_a_head(plan, Nq, B, H, multiprocessors(q.device))
     with on_device(q):
         _forward_kernel[(groups * H * B,)](
             q, k, v, bias, mask_view(key_padding_mask), seed if dropout_p > 0 else None, out, lse,
-            H, Nq, Nk, groups, blocks_per_program, plan.main, *strides, bias_strides, scale, *dropout_scalars(dropout_p),
+            H, Nq, Nk, groups, per_program, plan.main, *strides, bias_strides, scale,
+            *dropout_scalars(dropout_p),
             D=D, UNIT=unit, DOT=dot_dtype(q.dtype), BIAS_IS_BOOL=bias_is_bool, LOOP=plan.main > 0,
-            BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, COLUMNS=plan.columns, DIMS=plan.dims,
-            num_warps=plan.num_warps, num_stages=plan.num_stages,
+            BLOCK=plan.block, BLOCK_LOOP=plan.block_loop, PARTS=plan.parts, DIMS=plan.dims,
+            num_warps=plan.num_warps, num_stages=stages(q.device, plan.num_stages),
         )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""What the Triton forward and backward of attention share: tiles, scores, probabilities, and how sizes are split.
+"""What the Triton forward and backward of attention share: tiles, scores and probabilities.
 
-A tile of D head channels is a tuple of tiles whose widths are powers of two (DIMS, such as 64 + 16 for D = 80), and the
-keys of a row are split the same way (COLUMNS, such as 128 + 64 + 16 for 197 keys): little of a product is padding.
+Tiles are powers of two wide. D head channels are a tuple of tiles (DIMS, such as 64 + 16 for
+D = 80), and rows that are taken at once are split the same way (PARTS, such as 128 + 64 + 16 for
+197 keys), so that little of a product is padding.
 """
 
 from __future__ import annotations
@@ -16,42 +17,71 @@ from vitkernels._triton import INTERPRETED, keep_mask
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Sizes and strides change with every batch or image size; only their alignment is worth a compilation of its own.
-VARYING = ["H", "Nq", "groups", "blocks_per_program", "main", "threshold", "items", "items_per_program"]
+# Sizes of which neither alignment nor the value 1 is worth a compilation of its own.
+VARYING = [
+    "H", "Nq", "groups", "blocks_per_program", "main", "threshold",
+    "bias_batch", "bias_heads", "shared_heads", "items", "items_per_program", "rows", "columns",
+]  # fmt: skip
 
 
-# --- device: tiles ---------------------------------------------------------------------------------
+# --- device: tiles --------------------------------------------------------------------------------
 
 
 @triton.jit
 def head_pointer(ptr, b, h, strides, UNIT: tl.constexpr):
-    """Start of one head of a (B, N, H, D) tensor; strides (batch, token, head) count units of UNIT elements."""
+    """Where a head of a (B, N, H, D) tensor starts; strides (batch, token, head) count UNITs."""
     return ptr + (b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[2]) * UNIT
 
 
+@triton.constexpr_function
+def first_of(sizes, n):
+    """Where tile n of a split size begins."""
+    return sum(sizes[:n])
+
+
 @triton.jit
-def load_tiles(ptr, row, count, strides, D: tl.constexpr, DIMS: tl.constexpr, UNIT: tl.constexpr, DOT: tl.constexpr):
-    """Rows `row` of one head, (rows, D), as a tuple of tiles of dtype DOT; zeros beyond count and beyond D."""
+def load_tiles(
+    ptr, row, count, strides,
+    D: tl.constexpr, DIMS: tl.constexpr, UNIT: tl.constexpr, DOT: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """These rows of one head as tiles of dtype DOT; 0 beyond D and, with CHECK, beyond count."""
     tiles = ()
-    start = 0
     for n in tl.static_range(len(DIMS)):
-        d = start + tl.arange(0, DIMS[n])
+        d = first_of(DIMS, n) + tl.arange(0, DIMS[n])
         pointers = ptr + row.to(tl.int64)[:, None] * (strides[1] * UNIT) + d[None, :]
-        tile = tl.load(pointers, mask=(row < count)[:, None] & (d < D)[None, :], other=0.0)
+        if CHECK:
+            tile = tl.load(pointers, mask=(row < count)[:, None] & (d < D)[None, :], other=0.0)
+        elif first_of(DIMS, n + 1) > D:
+            tile = tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers)
         tiles = tiles + (tile.to(DOT),)
-        start += DIMS[n]
     return tiles
 
 
 @triton.jit
-def store_tiles(ptr, tiles, row, count, strides, D: tl.constexpr, DIMS: tl.constexpr, UNIT: tl.constexpr):
-    start = 0
+def load_parts(
+    ptr, first, count, strides,
+    D: tl.constexpr, PARTS: tl.constexpr, DIMS: tl.constexpr, UNIT: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The rows [first, count) of one head: a tuple of tiles for each entry of PARTS."""
+    parts = ()
+    for n in tl.static_range(len(PARTS)):
+        row = first + first_of(PARTS, n) + tl.arange(0, PARTS[n])
+        tiles = load_tiles(ptr, row, count, strides, D, DIMS, UNIT, DOT, n == len(PARTS) - 1)
+        parts = parts + (tiles,)
+    return parts
+
+
+@triton.jit
+def store_tiles(
+    ptr, tiles, row, count, strides, D: tl.constexpr, DIMS: tl.constexpr, UNIT: tl.constexpr
+):
     for n in tl.static_range(len(DIMS)):
-        d = start + tl.arange(0, DIMS[n])
+        d = first_of(DIMS, n) + tl.arange(0, DIMS[n])
         pointers = ptr + row.to(tl.int64)[:, None] * (strides[1] * UNIT) + d[None, :]
         mask = (row < count)[:, None] & (d < D)[None, :]
         tl.store(pointers, tiles[n].to(ptr.dtype.element_ty), mask=mask)
-        start += DIMS[n]
 
 
 @triton.jit
@@ -88,7 +118,7 @@ def add_dot(total, a, b):
     return tiles
 
 
-# --- device: scores, probabilities and their gradient ------------------------------------------------
+# --- device: scores, probabilities and their gradient ---------------------------------------------
 
 
 @triton.jit
@@ -109,11 +139,13 @@ def mask_pointer(mask_ptr, b, Nk):
 
 @triton.jit
 def finish_scores(
-    product, i, j, bias_ptr, mask_ptr, bias_strides, Nq, Nk, scale, BIAS_IS_BOOL: tl.constexpr, PADDED: tl.constexpr
-):
-    """Scores in units of log 2: scale * product + bias, -inf where masked. i and j broadcast to product's shape.
+    product, i, j, bias_ptr, mask_ptr, bias_strides, Nq, Nk, scale,
+    BIAS_IS_BOOL: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Scores in units of log 2: scale * product + bias, -inf where masked.
 
-    bias_ptr and mask_ptr point at this batch item and head; bias_strides[2:] are those of i and j. PADDED: j may pass Nk.
+    Query and key indices i and j broadcast to the shape of product. bias_ptr and mask_ptr point at
+    this batch item and head. PADDED: j may pass Nk.
     """
     s = product * (scale * LOG2E)
     if bias_ptr is not None:
@@ -133,7 +165,7 @@ def finish_scores(
 
 @triton.jit
 def finite_or_zero(x):
-    """A row that is masked throughout has maximum and log-sum-exp -inf; 0 in their place makes its probabilities 0."""
+    """0 for the maximum or log-sum-exp -inf of a fully masked row: its probabilities become 0."""
     return tl.where(x == float("-inf"), 0.0, x)
 
 
@@ -146,7 +178,7 @@ def kept(seed_ptr, head, i, j, Nq, Nk, threshold):
 
 @triton.jit
 def probability_gradients(s, lse, dp, delta, head, i, j, seed_ptr, Nq, Nk, threshold, keep_scale):
-    """(dropped probabilities, gradient of the scores) from scores, lse (units of log 2, finite), and dp = dout . v."""
+    """(dropped p, ds) from scores and lse in units of log 2, and dp = dout v^T."""
     p = tl.exp2(s - lse)
     dropped = p
     if seed_ptr is not None:
@@ -157,43 +189,41 @@ def probability_gradients(s, lse, dp, delta, head, i, j, seed_ptr, Nq, Nk, thres
     return dropped, ds
 
 
-# --- host: how sizes are split -----------------------------------------------------------------------
+@triton.jit
+def load_lse(lse_ptr, row, Nq):
+    """In units of log 2, finite: a fully masked row has probabilities 0 whatever is subtracted."""
+    return finite_or_zero(tl.load(lse_ptr + row, mask=row < Nq, other=0.0)) * LOG2E
 
 
-def split_dims(D: int) -> tuple[int, ...]:
-    """Powers of two from 16 that cover D channels: one, or two where that wastes less."""
-    whole = max(16, triton.next_power_of_2(D))
-    half = whole // 2
-    rest = D - half
-    if half < 32 or rest > half // 2:
-        return (whole,)
-    return (half, max(16, triton.next_power_of_2(rest)))
+@triton.jit
+def score_gradients(
+    left, right, dleft, dright, lse, delta, head, i, j, bias_ptr, mask_ptr, seed_ptr, bias_strides,
+    Nq, Nk, scale, threshold, keep_scale, BIAS_IS_BOOL: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """(dropped p, ds) of a tile from (q, k, dout, v), or of its transpose from (k, q, v, dout)."""
+    product = dot_rows(left, right)
+    s = finish_scores(
+        product, i, j, bias_ptr, mask_ptr, bias_strides, Nq, Nk, scale, BIAS_IS_BOOL, PADDED
+    )
+    dp = dot_rows(dleft, dright)
+    return probability_gradients(
+        s, lse, dp, delta, head, i, j, seed_ptr, Nq, Nk, threshold, keep_scale
+    )
 
 
-def split_columns(n: int, largest: int = 128, parts: int = 3) -> tuple[int, ...]:
-    """Powers of two from 16 that cover n keys, largest first; at most `parts` of them below `largest`."""
-    columns = [largest] * (n // largest)
-    rest = n % largest
-    for left in range(parts, 0, -1):
-        if rest <= 0:
-            break
-        power = max(16, triton.next_power_of_2(rest))
-        if left > 1 and power > 16 and rest <= power - power // 4:
-            power //= 2
-        columns.append(power)
-        rest -= power
-    return tuple(columns)
+# --- host: tensors as kernels take them -----------------------------------------------------------
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Operands of tl.dot: the tensors' own dtype; fp32 under the interpreter, whose 16-bit products are wrong."""
+    """Operands of tl.dot: the tensors' dtype, or fp32 in the interpreter, wrong at 16 bits."""
     if INTERPRETED:
         return tl.float32
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    same = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    return same[dtype]
 
 
 class Heads(NamedTuple):
-    """(B, N, H, D) tensors as kernels take them: last stride 1, strides (batch, token, head) in units of `unit`."""
+    """(B, N, H, D) tensors of last stride 1, their strides (batch, token, head) in `unit`s."""
 
     tensors: list[torch.Tensor]
     strides: list[tuple[int, int, int]]
@@ -201,7 +231,7 @@ class Heads(NamedTuple):
 
 
 def heads(*tensors: torch.Tensor) -> Heads:
-    """Copies only what has a last stride other than 1. A unit of 8 tells the compiler of 16-byte alignment."""
+    """Copies what has another last stride than 1. A unit of 8 tells the compiler of alignment."""
     ready = [t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous() for t in tensors]
     strides = [t.stride()[:3] for t in ready]
     unit = 8 if all(s % 8 == 0 for stride in strides for s in stride) else 1

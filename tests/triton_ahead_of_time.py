@@ -1,0 +1,198 @@
+"""Compiles the Triton kernels without a GPU: `python tests/triton_ahead_of_time.py 90 main`.
+
+The launchers run on CPU tensors; where a kernel would be launched it is compiled for the target
+with the very arguments, so shapes, alignment and launch settings are the real ones. Prints one JSON
+record per kernel: registers, stack (spills), shared memory, and what the PTX contains. It runs in
+a process of its own because the interpreter's switch is read when Triton is imported.
+"""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from vitkernels.ops.add_layer_norm import _triton_backward as ln_backward
+from vitkernels.ops.add_layer_norm import _triton_forward as ln_forward
+from vitkernels.ops.attention import _triton_backward as attention_backward
+from vitkernels.ops.attention import _triton_dbias as attention_dbias
+from vitkernels.ops.attention import _triton_forward as attention_forward
+
+MODULES = (ln_forward, ln_backward, attention_forward, attention_backward, attention_dbias)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def all_kernels() -> set[str]:
+    """Every kernel of the package, so that one which no launcher reaches is noticed."""
+    return {
+        f"{module.__name__.rsplit('.', 2)[1]}.{name}"
+        for module in MODULES
+        for name, value in inspect.getmembers(module)
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+        if value.fn.__module__ == module.__name__
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    return {"registers": int(found[1]), "stack": int(found[2]) + int(found[3])}
+
+
+def compile_instead_of_launching(capability: int, case: dict, records: list) -> None:
+    """Replaces the launch of every kernel by its compilation for sm_<capability>."""
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        kwargs |= {"debug": False, "instrumentation_mode": ""}
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = binder(*args, **kwargs)
+        options, signature, constants, attributes = kernel._pack_args(
+            backend, kwargs, bound, specialization, options
+        )
+        source = ASTSource(kernel, signature, constants, attributes)
+        start = time.perf_counter()
+        compiled = triton.compile(source, target=target, options=options.__dict__)
+        ptx = compiled.asm["ptx"]
+        records.append(
+            {
+                "kernel": f"{kernel.fn.__module__.rsplit('.', 2)[1]}.{kernel.fn.__name__}",
+                "case": case["name"],
+                "sm": capability,
+                **resources(compiled.asm["cubin"]),
+                "shared": compiled.metadata.shared,
+                "warps": compiled.metadata.num_warps,
+                "tf32": "tf32" in ptx,
+                "atomics": sorted(set(re.findall(r"\b(?:atom|red)\.[\w.:]+", ptx))),
+                "wgmma": "wgmma.mma_async" in ptx,
+                "mma": "mma.sync" in ptx or "wgmma.mma_async" in ptx or "tcgen05.mma" in ptx,
+                "wide_loads": "ld.global.v4" in ptx,
+                "seconds": round(time.perf_counter() - start, 2),
+            }
+        )
+
+    JITFunction.run = run
+
+
+# --- cases: what the launchers are called with ---------------------------------------------------
+
+
+def layer_norm(C, x=BF16, stream=BF16, options=False, p=0.0, B=8, N=196):
+    branch, residual = torch.empty(B, N, C, dtype=x), torch.empty(B, N, C, dtype=stream)
+    weight = torch.empty(C)
+    gamma, row_scale = (torch.empty(C), torch.empty(B)) if options else (None, None)
+    seed = torch.zeros(1, dtype=torch.int64) if p else None
+    mean = torch.empty(B, N)
+    masks = [options or bool(p), True, True, True, options]
+    ln_forward.add_layer_norm_fwd(
+        branch, residual, weight, weight, gamma, row_scale, seed, p, 1e-6, x
+    )
+    ln_backward.add_layer_norm_bwd(
+        branch, residual, residual, mean, mean, branch, weight, weight, gamma, row_scale, seed, p,
+        x, masks,
+    )  # fmt: skip
+
+
+def layer_norm_add(C, x=BF16, stream=FP32, B=8, N=196):
+    branch, residual = torch.empty(B, N, C, dtype=x), torch.empty(B, N, C, dtype=stream)
+    weight, mean, row_scale = torch.empty(C), torch.empty(B, N), torch.empty(B)
+    ln_forward.layer_norm_add_fwd(branch, residual, weight, weight, row_scale, 1e-5)
+    ln_backward.layer_norm_add_bwd(
+        residual, branch, mean, mean, weight, weight, row_scale, [True, True, True]
+    )
+
+
+def attention(N, D, dtype=BF16, bias=None, p=0.0, mask=False, B=64, H=4):
+    qkv = torch.empty(B, N, 3 * H * D, dtype=dtype)
+    if bias is not None:
+        bias = torch.empty(1, H, N, N, dtype=bias)
+    ignored = torch.zeros(B, N, dtype=torch.bool) if mask else None
+    seed = torch.zeros(1, dtype=torch.int64) if p else None
+    options = (bias, ignored, seed, D**-0.5, p)
+    out, lse = attention_forward.attention_qkvpacked_fwd(qkv, H, *options)
+    wanted = [True, bias is not None and bias.dtype != torch.bool]
+    attention_backward.attention_qkvpacked_bwd(out, qkv, H, out, lse, *options, wanted)
+
+
+def case(function, *args, spills=0, **options):
+    """spills: the stack bytes a thread may have, None for any."""
+    words = [str(a) for a in args]
+    words += [f"{k}={str(v).removeprefix('torch.')}" for k, v in options.items()]
+    name = f"{function.__name__}({', '.join(words)})"
+    return {"name": name, "call": lambda: function(*args, **options), "spills": spills}
+
+
+MAIN = [
+    case(layer_norm, 384),
+    case(layer_norm, 768),
+    case(layer_norm, 768, stream=FP32, options=True),
+    case(layer_norm, 768, options=True, p=0.1),
+    case(layer_norm, 1024, options=True),
+    case(layer_norm_add, 768),
+    case(layer_norm, 9000, options=True),
+    case(attention, 197, 64),
+    case(attention, 197, 64, bias=BF16),
+    case(attention, 197, 64, p=0.1),
+    case(attention, 197, 64, FP32),
+    case(attention, 577, 64),
+    case(attention, 257, 80),
+]
+EVERY = [
+    *[case(layer_norm, C, dtype, dtype) for C in (1, 3, 96, 1000) for dtype in (BF16, FP32)],
+    *[case(layer_norm, C, options=True, p=p) for C in (96, 1536, 4096, 8192) for p in (0.0, 0.1)],
+    case(layer_norm, 768, FP16, FP16, options=True),
+    case(layer_norm, 768, FP32, FP32, options=True, p=0.1),
+    case(layer_norm, 1536, stream=FP32, options=True, p=0.1),
+    case(layer_norm_add, 9000),
+    *[case(attention, N, 64, dtype) for N in (1, 50, 144, 196, 198, 256, 257) for dtype in (BF16,)],
+    *[case(attention, N, 64, FP16) for N in (197, 577)],
+    *[case(attention, N, 64, FP32, spills=None) for N in (50, 257, 1025)],
+    case(attention, 197, 64, mask=True),
+    case(attention, 197, 64, bias=torch.bool),
+    case(attention, 577, 64, bias=BF16, spills=None),
+    case(attention, 197, 64, bias=FP32, p=0.1, mask=True, spills=None),
+    *[case(attention, 257, D, spills=None) for D in (8, 16, 32, 48, 72, 88, 96, 104, 128)],
+    *[case(attention, 1025, D, spills=None) for D in (64, 72, 128)],
+    case(attention, 197, 160, spills=None),
+    case(attention, 197, 256, spills=None),
+    case(attention, 1370, 64, FP32, bias=FP32, p=0.1, mask=True, spills=None),
+]
+SETS = {"main": MAIN, "every": EVERY}
+
+
+def compile_cases(capability: int, cases: list[dict]) -> list[dict]:
+    records = []
+    for one in cases:
+        mine = []
+        compile_instead_of_launching(capability, one, mine)
+        one["call"]()
+        records += [record | {"spills_allowed": one["spills"]} for record in mine]
+    return records
+
+
+if __name__ == "__main__":
+    capability, chosen = int(sys.argv[1]), SETS[sys.argv[2]]
+    if "small" in sys.argv[3:]:  # as on a consumer GPU, whose blocks have 99 KB of shared memory
+        for module in (attention_forward, attention_backward, attention_dbias):
+            module.stages = lambda device, wanted: 1
+    records = compile_cases(capability, chosen)
+    print(json.dumps({"kernels": sorted(all_kernels()), "records": records}))
