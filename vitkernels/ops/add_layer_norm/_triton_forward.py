@@ -90,7 +90,7 @@ def _load_z(
     x_ptr, residual_ptr, gamma_ptr, seed_ptr, row, col, mask, scale, C, inner_rows, x_strides,
     residual_strides, threshold, keep_scale, ADD_AFTER: tl.constexpr,
 ):  # fmt: skip
-    """What is normalized, as an fp32 tile."""
+    """What is normalized, as an fp32 tile; a sum is rounded as new_residual stores it."""
     if residual_ptr is None or ADD_AFTER:
         return load_rows(x_ptr, row, col, mask, inner_rows, x_strides)
     else:
@@ -98,7 +98,8 @@ def _load_z(
         residual = load_rows(residual_ptr, row, col, mask, inner_rows, residual_strides)
         gamma = load_columns(gamma_ptr, col, C, None)
         index = row.to(tl.int64)[:, None] * C + col[None, :]
-        return residual + through_branch(x, index, gamma, scale, seed_ptr, threshold, keep_scale)
+        z = residual + through_branch(x, index, gamma, scale, seed_ptr, threshold, keep_scale)
+        return z.to(residual_ptr.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
