@@ -141,16 +141,11 @@ def eager_branch(x, gamma, row_scale, dropout_p, seed):
 
 
 def eager_layer_norm(x, weight, bias, eps):
-    params = [None if p is None else p.to(_layer_norm_dtype(x, p)) for p in (weight, bias)]
-    if x.dtype != torch.float32 and len({p.dtype for p in params if p is not None}) > 1:
-        params = [p.to(x.dtype) for p in params]
-    return F.layer_norm(x, x.shape[-1:], *params, eps)
-
-
-def _layer_norm_dtype(x, parameter):
-    """F.layer_norm takes parameters of x's dtype, or fp32 ones beside a 16-bit x."""
-    mixed = x.dtype in (torch.bfloat16, torch.float16) and parameter.dtype == torch.float32
-    return torch.float32 if mixed else x.dtype
+    """F.layer_norm takes parameters of x's dtype, or (both) fp32 ones beside a 16-bit x."""
+    mixed = all(p is not None and p.dtype == torch.float32 for p in (weight, bias))
+    if not mixed:
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def eager_add_layer_norm(

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks [op] [--threads 1] [--json FILE]`, or `pytest benchmarks/`."""

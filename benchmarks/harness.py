@@ -1,0 +1,208 @@
+"""Times our operator beside its peers, alternating in one process, and only after a check passed.
+
+What is compared: every peer gets the same inputs in the same memory layout, rotated through copies
+that together exceed the caches; each round calls all of them in a random order; the best and the
+median of many rounds are kept. A ratio is the peer's best time over ours: above 1 we are faster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vitkernels import testing
+
+Inputs = Sequence[torch.Tensor]
+FORWARD, BOTH = "forward", "forward+backward"
+CACHE_BYTES = 64 << 20
+SHORTEST_SAMPLE = 0.001  # seconds; shorter calls are repeated inside one sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One operator at one shape, dtype and direction.
+
+    functions: name -> function of the inputs; "vitkernels" is ours, "eager" the yardstick of the
+    check, the rest are further peers; "compile X" is torch.compile of X and is made here.
+    truth: the same function in float64. targets: peer -> (must, stretch), a ratio; the peer "best"
+    is the fastest of all peers.
+    """
+
+    op: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    direction: str
+    make_inputs: Callable[[int], Inputs]
+    functions: dict[str, Callable]
+    truth: Callable
+    cost: tuple[float, float]  # FLOPs, least bytes
+    targets: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return f"{self.op} {self.name} {self.shape} {short[self.dtype]} {self.direction}"
+
+    def runners(self) -> dict[str, Callable[[Inputs, Inputs], object]]:
+        """name -> call(inputs, output gradients), with the backward where the direction has it."""
+        functions = dict(self.functions)
+        for name, function in self.functions.items():
+            if name != "vitkernels":
+                functions[f"compile {name}"] = torch.compile(function, dynamic=False)
+        run = _forward if self.direction == FORWARD else _forward_and_backward
+        return {name: functools.partial(run, function) for name, function in functions.items()}
+
+
+def _forward(function, inputs, _grads):
+    with torch.no_grad():
+        return testing.as_tuple(function(*inputs))
+
+
+def _forward_and_backward(function, inputs, grads):
+    outputs = testing.as_tuple(function(*inputs))
+    return (*outputs, *torch.autograd.grad(outputs, inputs, grads))
+
+
+# ---- The check
+
+
+def problem_of(case: Case, seed: int = 0) -> tuple[Inputs, Inputs]:
+    """Random inputs, and random gradients of the outputs where the direction needs them."""
+    inputs = [t.detach() for t in case.make_inputs(seed)]
+    if case.direction == FORWARD:
+        return inputs, []
+    inputs = [t.requires_grad_() for t in inputs]
+    with torch.no_grad():
+        outputs = testing.as_tuple(case.functions["eager"](*inputs))
+    generator = torch.Generator().manual_seed(seed + 1000)
+    return inputs, [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+
+
+def check(case: Case, runners: dict[str, Callable]) -> None:
+    """Ours within the error model, and every peer the same function; AssertionError otherwise."""
+    inputs, grads = problem_of(case)
+    run = _forward if case.direction == FORWARD else _forward_and_backward
+    doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+    exact = run(case.truth, doubles, [g.double() for g in grads])
+    results = {name: runner(inputs, grads) for name, runner in runners.items()}
+    outputs = len(exact) - (len(inputs) if grads else 0)
+    for name, result in results.items():
+        slack = 1.0 if name == "vitkernels" else 4.0
+        for part in (slice(0, outputs), slice(outputs, None)):
+            if exact[part]:
+                testing.assert_close_to_truth(
+                    result[part],
+                    results["eager"][part],
+                    exact[part],
+                    dtype=case.dtype,
+                    what=f"{case.title}: {name}",
+                    slack=slack,
+                )
+
+
+# ---- The clock
+
+
+@dataclasses.dataclass
+class Timing:
+    best: float  # seconds of one call
+    median: float
+
+
+def time_alternating(
+    calls: dict[str, Callable[[int], object]], seconds: float
+) -> dict[str, Timing]:
+    """Best and median seconds of call(round), all of them in turn, for `seconds` in total."""
+    repeats = {}
+    for name, call in calls.items():
+        for i in range(3):
+            call(i)
+        start = time.perf_counter()
+        call(0)
+        once = time.perf_counter() - start
+        repeats[name] = max(1, round(SHORTEST_SAMPLE / max(once, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order, end = list(calls), time.perf_counter() + seconds
+    rng = random.Random(0)
+    while time.perf_counter() < end or len(samples[order[0]]) < 5:
+        rng.shuffle(order)
+        for name in order:
+            call, n = calls[name], repeats[name]
+            start = time.perf_counter()
+            for i in range(n):
+                call(i)
+            samples[name].append((time.perf_counter() - start) / n)
+    return {name: Timing(min(s), statistics.median(s)) for name, s in samples.items()}
+
+
+@dataclasses.dataclass
+class Result:
+    case: Case
+    timings: dict[str, Timing]
+    share: float  # of the faster machine limit that applies: memory or matrix products
+    bound: str
+
+    def ratio(self, peer: str) -> float:
+        return self.timings[peer].best / self.timings["vitkernels"].best
+
+    @property
+    def best_peer(self) -> str:
+        peers = [name for name in self.timings if name != "vitkernels"]
+        return min(peers, key=lambda name: self.timings[name].best)
+
+    def targets(self) -> list[tuple[str, float, float, float]]:
+        """(peer, measured ratio, must, stretch) of each target."""
+        named = [(self.best_peer if p == "best" else p, *t) for p, t in self.case.targets.items()]
+        return [(peer, self.ratio(peer), must, stretch) for peer, must, stretch in named]
+
+
+def measure(case: Case, limits: Limits, seconds: float, warm: bool = False) -> Result:
+    """Check, then time. A failing check raises AssertionError: there is nothing to report.
+
+    warm: the same inputs every time, as when the layer before has just written them.
+    """
+    torch._dynamo.reset()
+    runners = case.runners()
+    check(case, runners)
+    first = problem_of(case)
+    size = sum(t.numel() * t.element_size() for part in first for t in part)
+    copies = 1 if warm else min(32, max(2, CACHE_BYTES // max(size, 1)))
+    problems = [first, *(problem_of(case, seed) for seed in range(1, copies))]
+    calls = {
+        name: lambda i, runner=runner: runner(*problems[i % copies])
+        for name, runner in runners.items()
+    }
+    timings = time_alternating(calls, seconds)
+    flops, moved = case.cost
+    memory = moved / limits.bytes_per_second
+    compute = flops / limits.flops_per_second[case.dtype] if case.op.startswith("attention") else 0
+    bound = "memory" if memory > compute else "products"
+    return Result(case, timings, max(memory, compute) / timings["vitkernels"].best, bound)
+
+
+# ---- The machine's limits
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    bytes_per_second: float
+    flops_per_second: dict[torch.dtype, float]
+
+    @staticmethod
+    def measured(seconds: float = 0.5) -> Limits:
+        """Copy bandwidth (read plus write) over 128 MB, and square matrix products by torch."""
+        source, target = (torch.ones(32 << 20) for _ in range(2))
+        copies = time_alternating({"copy": lambda _: target.copy_(source)}, seconds)
+        flops = {}
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            a, b = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
+            timing = time_alternating({"mm": lambda _, a=a, b=b: a @ b}, seconds)["mm"]
+            flops[dtype] = 2 * 1024**3 / timing.best
+        return Limits(2 * source.numel() * 4 / copies["copy"].best, flops)

@@ -1,0 +1,26 @@
+"""What is measured and what is aimed at: ratios to a peer of the same run, one core.
+
+Shapes come from each operator's sample_inputs(). A target is (must, stretch); "best" is the fastest
+of all peers. They were set from one core of a Zen 4 machine (AVX512-BF16).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .harness import BOTH, FORWARD
+
+FP32, BF16 = torch.float32, torch.bfloat16
+DTYPES = (BF16, FP32)
+
+# (name in sample_inputs(), dtype, direction) -> {peer: (must, stretch)}
+ATTENTION_TARGETS = {
+    ("vit_small_224", BF16, FORWARD): {"best": (1.15, 1.5)},
+    ("vit_small_224", BF16, BOTH): {"best": (1.1, 1.4)},
+    ("vit_small_224", FP32, FORWARD): {"best": (1.05, 1.2)},
+}
+LAYER_NORM_TARGETS = {
+    ("vit_small", BF16, FORWARD): {"compile eager": (2.0, 2.0), "eager": (4.0, 4.0)},
+    ("vit_small", BF16, BOTH): {"compile eager": (1.8, 1.8), "eager": (3.0, 3.0)},
+    ("vit_small", FP32, FORWARD): {"compile eager": (1.8, 1.8), "eager": (2.5, 2.5)},
+}
