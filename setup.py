@@ -74,7 +74,7 @@ class Ninja:
 
     def rule(self, name: str, command: str) -> None:
         self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
-        if name != "link":
+        if not name.endswith("link"):
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
 
     def edge(self, rule: str, target: Path, sources: list[Path], flags: str) -> Path:
@@ -89,8 +89,8 @@ class Ninja:
         name = "_".join(source.relative_to(CSRC).parts) + (f".{tag}" if tag else "") + ".o"
         return self.edge(rule, self.out / "obj" / name, [source], flags)
 
-    def link(self, target: Path, objects: list[Path], flags: str) -> None:
-        self.targets.append(self.edge("link", target, objects, flags))
+    def link(self, target: Path, objects: list[Path], flags: str, rule: str = "link") -> None:
+        self.targets.append(self.edge(rule, target, objects, flags))
 
     def run(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -145,6 +145,7 @@ def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
     cu_files = sorted(CSRC.glob("*/*.cu"))
     if os.environ.get("VITKERNELS_EMULATOR") == "1":
         flags = f"-x c++ -I {str(CSRC / 'emulator').replace(' ', chr(92) + ' ')} {torch_flags}"
+        flags += " -Wno-unknown-pragmas"  # nvcc's "#pragma unroll"
         n.rule("emu", f"{cxx} {CXX_FLAGS} $flags {include} -MMD -MF $out.d -c $in -o $out")
         objects = [n.compile("emu", source, flags, "emu") for source in cu_files]
         objects += [
@@ -156,9 +157,15 @@ def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
         archs = os.environ.get("VITKERNELS_CUDA_ARCHS", ";".join(CUDA_ARCHS)).split(";")
         gencode = " ".join(CUDA_ARCHS[a] for a in archs)
         n.rule("nvcc", f"{nvcc} {NVCC_FLAGS} {include} $flags -MD -MF $out.d -c $in -o $out")
-        n.rule("nvlink", f"{nvcc} -shared $in $flags -o $out")
+        # nvcc links its static runtime, wherever that is: the library then needs only the driver.
+        n.rule("nvlink", f"{nvcc} -cudart static $in $flags -o $out")
         objects = [n.compile("nvcc", s, f"{gencode} {torch_flags}", "cuda") for s in cu_files]
-        n.link(target_dir / "lib/libvitkernels_cuda.so", objects, f"{link} {cudart_flags(nvcc)}")
+        n.link(
+            target_dir / "lib/libvitkernels_cuda.so",
+            objects,
+            link.replace("-Wl,", "-Xlinker "),
+            "nvlink",
+        )
 
     if (Path(sysconfig.get_paths()["include"]) / "Python.h").exists() and importlib.util.find_spec(
         "pybind11"
@@ -171,20 +178,6 @@ def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
         objects = [n.compile("cxx", CSRC / "bindings.cpp", f"{includes} {defines}"), *common]
         n.link(target_dir / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", objects, "-shared")
     return n
-
-
-def cudart_flags(nvcc: str) -> str:
-    """The static CUDA runtime beside nvcc: the library then needs nothing but the driver."""
-    root = Path(nvcc).resolve().parent.parent
-    folder = next(
-        (
-            d
-            for d in (root / "lib64", root / "targets/x86_64-linux/lib", root / "lib")
-            if d.exists()
-        ),
-        root,
-    )
-    return f"-L {folder} -lcudart_static -lrt -ldl -lpthread"
 
 
 class BuildNative(build_ext):

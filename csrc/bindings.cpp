@@ -6,9 +6,11 @@
 #include <map>
 #include <string>
 
+#include "add_layer_norm/add_layer_norm_plan.h"
 #include "common/cpu_isa.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts, CPU features and launch plans of vitkernels.";
@@ -21,4 +23,19 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_isa", [] { return std::string(vitkernels::cpu_isa_name(vitkernels::cpu_isa())); },
       "The instruction-set level that the CPU kernels run at in this process.");
+  m.def(
+      "add_layer_norm_plan",
+      [](int64_t rows, int64_t C, bool aligned, int multiprocessors, const std::string& pass) {
+        using vitkernels::add_layer_norm::Pass;
+        const std::map<std::string, Pass> passes{{"forward", Pass::kForward},
+                                                 {"backward", Pass::kBackward},
+                                                 {"backward_gamma", Pass::kBackwardGamma}};
+        const auto p =
+            vitkernels::add_layer_norm::plan(rows, C, aligned, multiprocessors, passes.at(pass));
+        return py::dict("vectorized"_a = p.vectorized, "block_per_row"_a = p.block_per_row,
+                        "chunks"_a = p.chunks, "lanes"_a = p.lanes, "threads"_a = p.threads,
+                        "blocks"_a = p.blocks, "shared_bytes"_a = p.shared_bytes);
+      },
+      py::arg("rows"), py::arg("C"), py::arg("aligned"), py::arg("multiprocessors"),
+      py::arg("pass_"), "Launch settings of add_layer_norm's CUDA kernels.");
 }
