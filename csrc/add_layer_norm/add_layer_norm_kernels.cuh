@@ -184,8 +184,8 @@ VK_DEVICE void load_z(const ForwardArgs& a, const Row& row, int rank, int size, 
 #pragma unroll
       for (int j = 0; j < 8; ++j) residual[j] += factor[j] * gamma[j] * z[i][j];
     }
-#pragma unroll
-    for (int j = 0; j < 8; ++j) z[i][j] = residual[j];
+    // As new_residual stores it: the backward reads the rounded sum, and mean must belong to it.
+    to_floats(to_raw(residual, a.residual.dtype), a.residual.dtype, z[i]);
   }
 }
 

@@ -102,9 +102,8 @@ VK_DEVICE void to_floats(const Raw8& raw, DType dtype, float (&v)[8]) {
   }
 }
 
-// Rounds to dtype, to nearest even, and stores the elements that are inside the row.
-template <bool VEC>
-VK_DEVICE void store(void* row, DType dtype, const Columns<VEC>& columns, const float (&v)[8]) {
+// Rounds to dtype, to nearest even.
+VK_DEVICE Raw8 to_raw(const float (&v)[8], DType dtype) {
   Raw8 raw = {};
   if (is_wide(dtype)) {
 #pragma unroll
@@ -116,6 +115,13 @@ VK_DEVICE void store(void* row, DType dtype, const Columns<VEC>& columns, const 
 #pragma unroll
     for (int j = 0; j < 8; j += 2) raw.w[j / 2] = pack_f16(v[j], v[j + 1]);
   }
+  return raw;
+}
+
+// Stores, rounded, the elements that are inside the row.
+template <bool VEC>
+VK_DEVICE void store(void* row, DType dtype, const Columns<VEC>& columns, const float (&v)[8]) {
+  const Raw8 raw = to_raw(v, dtype);
   if constexpr (VEC) {
     if (!columns.holds(0)) return;
     char* p = element(row, columns.first, dtype);
