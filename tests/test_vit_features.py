@@ -175,12 +175,22 @@ def test_dynamic_batch_compiles_once():
     _, ours = pair()
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(ours, backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(ours, backend=counter, fullgraph=True)
     with torch.no_grad():
         for batch in (2, 3, 5, 7):
             x = images(batch=batch)
+            torch._dynamo.mark_dynamic(x, 0)
             same({"y": compiled(x)}, {"y": ours(x)})
     assert counter.frame_count == 1
+
+
+def test_every_size_and_number_dynamic():
+    _, ours = pair()
+    torch._dynamo.reset()
+    x = images()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)
+    same(logits_and_grads(compiled, x), logits_and_grads(compiled, x), 0.0)
+    same({"y": compiled(x)}, {"y": ours(x)})
 
 
 def test_torch_export():
