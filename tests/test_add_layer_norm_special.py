@@ -123,7 +123,8 @@ def test_largest_finite_values(backend, op):
     problem = (
         MAKERS[op]((3, 5, 40), gamma=False) if op == "add_layer_norm" else MAKERS[op]((3, 5, 40))
     )
-    problem.inputs["x"][0, 1] = torch.finfo(torch.float32).max / 4
+    # 40 columns of max / 64: no order of summation overflows, every square does.
+    problem.inputs["x"][0, 1] = torch.finfo(torch.float32).max / 64
     problem.inputs["x"][0, 1, ::2] *= -1
     ours, expected = run(problem, backend)[0], run(problem, "reference")[0]
     for mine, theirs in zip(ours, expected, strict=True):
