@@ -201,7 +201,7 @@ class Limits:
         source, target = (torch.ones(32 << 20) for _ in range(2))
         copies = time_alternating({"copy": lambda _: target.copy_(source)}, seconds)
         flops = {}
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dtype in (torch.float32, torch.bfloat16):
             a, b = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
             timing = time_alternating({"mm": lambda _, a=a, b=b: a @ b}, seconds)["mm"]
             flops[dtype] = 2 * 1024**3 / timing.best
