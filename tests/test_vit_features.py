@@ -156,7 +156,7 @@ def test_gradient_checkpointing_changes_nothing(name):
 @pytest.mark.parametrize("mode", ["eval", "train", "checkpointing", "autocast"])
 @pytest.mark.parametrize("name", ["registers_layer_scale", "qk_norm"])
 def test_compiles_as_one_graph(name, mode):
-    _, ours = pair(name, drop_path_rate=0.3, attn_drop_rate=0.1)
+    _, ours = pair(name, depth=2, drop_path_rate=0.3, attn_drop_rate=0.1)
     ours.train(mode in ("train", "checkpointing"))
     ours.set_grad_checkpointing(mode == "checkpointing")
     x = images(name, batch=3)
@@ -185,7 +185,7 @@ def test_dynamic_batch_compiles_once():
 
 
 def test_every_size_and_number_dynamic():
-    _, ours = pair()
+    _, ours = pair(depth=1)
     torch._dynamo.reset()
     x = images()
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)
