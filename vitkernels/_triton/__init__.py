@@ -1,14 +1,24 @@
 """What the Triton slices share. It imports triton, so only `_triton*.py` files import it."""
 
 from vitkernels._triton.dropout import dropout_scalars, keep_mask
-from vitkernels._triton.launch import INTERPRETED, collapse_rows, multiprocessors, on_device, stages
+from vitkernels._triton.launch import (
+    INTERPRETED,
+    cdiv,
+    collapse_rows,
+    multiprocessors,
+    on_device,
+    power_of_two,
+    stages,
+)
 
 __all__ = [
     "INTERPRETED",
+    "cdiv",
     "collapse_rows",
     "dropout_scalars",
     "keep_mask",
     "multiprocessors",
     "on_device",
+    "power_of_two",
     "stages",
 ]

@@ -12,6 +12,16 @@ import triton
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 
+def cdiv(n: int, d: int) -> int:
+    """n / d rounded up. Triton's own costs microseconds a call."""
+    return -(-n // d)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest one that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

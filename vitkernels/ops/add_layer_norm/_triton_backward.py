@@ -16,7 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from vitkernels._triton import collapse_rows, dropout_scalars, multiprocessors, on_device
+from vitkernels._triton import (
+    cdiv,
+    collapse_rows,
+    dropout_scalars,
+    multiprocessors,
+    on_device,
+    power_of_two,
+)
 from vitkernels.ops.add_layer_norm._triton_forward import (
     LOOP_COLUMNS,
     VARYING,
@@ -277,11 +284,11 @@ def backward_plan(rows: int, C: int, processors: int) -> tuple[int, int, int, in
     if C > RESIDENT_COLUMNS:
         block_r, block_c, num_warps, most = 8, 128, 4, max(1, processors // 16)
     else:
-        block_c = max(16, triton.next_power_of_2(C))
+        block_c = max(16, power_of_two(C))
         block_r, num_warps = max(1, 1024 // block_c), min(16, max(4, block_c // 256))
         most = processors * max(1, 16 // num_warps)
-    rows_per_program = triton.cdiv(triton.cdiv(max(rows, 1), most), block_r) * block_r
-    programs = triton.cdiv(max(rows, 1), rows_per_program)
+    rows_per_program = cdiv(cdiv(max(rows, 1), most), block_r) * block_r
+    programs = cdiv(max(rows, 1), rows_per_program)
     return block_r, block_c, num_warps, rows_per_program, programs
 
 
@@ -319,13 +326,13 @@ def _launch_backward(
                 SCALE_DY=scale_dy, BLOCK_C=LOOP_COLUMNS, num_warps=8,
             )  # fmt: skip
             if wanted:
-                _backward_column_kernel[(triton.cdiv(C, block_c), programs)](
+                _backward_column_kernel[(cdiv(C, block_c), programs)](
                     dy, dnew_residual, z, mean, rstd, means, x, weight, row_scale, seed,
                     *partials, *sizes, rows_per_program, *strides, *dropout,
                     SCALE_DY=scale_dy, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=num_warps,
                 )  # fmt: skip
         if wanted:
-            _sum_partials_kernel[(triton.cdiv(C, 32), 3)](
+            _sum_partials_kernel[(cdiv(C, 32), 3)](
                 partial, dweight, dbias, dgamma, programs, C, BLOCK_P=32, BLOCK_C=32, num_warps=4
             )
 

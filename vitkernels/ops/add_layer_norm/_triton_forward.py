@@ -13,7 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-from vitkernels._triton import collapse_rows, dropout_scalars, keep_mask, on_device
+from vitkernels._triton import (
+    cdiv,
+    collapse_rows,
+    dropout_scalars,
+    keep_mask,
+    on_device,
+    power_of_two,
+)
 
 RESIDENT_COLUMNS = 8192
 LOOP_COLUMNS = 4096
@@ -200,7 +207,7 @@ def forward_plan(C: int) -> tuple[bool, int, int, int]:
     """(RESIDENT, BLOCK_R, BLOCK_C, num_warps): 32 elements a thread, one warp to C = 1024."""
     if C > RESIDENT_COLUMNS:
         return False, 1, LOOP_COLUMNS, 8
-    block_c = max(16, triton.next_power_of_2(C))
+    block_c = max(16, power_of_two(C))
     return True, max(1, 1024 // block_c), block_c, max(1, block_c // 1024)
 
 
@@ -226,7 +233,7 @@ def _launch_forward(
     weight, bias, gamma, row_scale = contiguous(weight, bias, gamma, row_scale)
     resident, block_r, block_c, num_warps = forward_plan(C)
     with on_device(y):
-        _forward_kernel[(triton.cdiv(rows, block_r),)](
+        _forward_kernel[(cdiv(rows, block_r),)](
             x, residual, weight, bias, gamma, row_scale, seed, y, new_residual, mean, rstd,
             rows, C, rows_per_sample(rows, row_scale), inner_rows, *strides, eps,
             *dropout_scalars(dropout_p),

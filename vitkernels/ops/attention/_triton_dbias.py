@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vitkernels._triton import stages
+from vitkernels._triton import cdiv, stages
 from vitkernels.ops.attention._triton_plans import backward_plan, dbias_splits
 from vitkernels.ops.attention._triton_tiles import (
     VARYING,
@@ -83,7 +83,7 @@ def launch_dbias(pointers, strides, scalars, common, bias, full, processors):
     B, H, Nq, Nk = full
     plan = backward_plan(Nq, 1, common["D"], pointers[1].dtype, narrow=pointers[-1] is not None)
     block_m, block_n = plan.block, plan.block_loop
-    blocks = (triton.cdiv(Nq, block_m), triton.cdiv(Nk, block_n))
+    blocks = (cdiv(Nq, block_m), cdiv(Nk, block_n))
     bias_batch, bias_heads = bias.shape[:2]
     shared_batch, shared_heads = B if bias_batch != B else 1, H if bias_heads != H else 1
     items = shared_batch * shared_heads
@@ -98,7 +98,7 @@ def launch_dbias(pointers, strides, scalars, common, bias, full, processors):
     )
     _dbias_kernel[(splits * bias_batch * bias_heads, *blocks)](
         *pointers, partial, H, Nq, Nk, bias_batch, bias_heads, shared_heads, items,
-        triton.cdiv(items, splits), rows, columns, *strides, *scalars, **common,
+        cdiv(items, splits), rows, columns, *strides, *scalars, **common,
         SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, BLOCK_M=block_m, BLOCK_N=block_n,
         DIMS=plan.dims, num_warps=plan.num_warps, num_stages=stages(bias.device, plan.num_stages),
     )  # fmt: skip

@@ -8,21 +8,20 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 
-from vitkernels._triton import INTERPRETED
+from vitkernels._triton import INTERPRETED, cdiv, power_of_two
 
 WHOLE_ROW = 272  # keys whose scores fit in registers at once, 64 queries to four warps
 
 
 def split_dims(D: int) -> tuple[int, ...]:
     """Powers of two from 16 that cover D channels: one, or two where that wastes less."""
-    whole = max(16, triton.next_power_of_2(D))
+    whole = max(16, power_of_two(D))
     half = whole // 2
     rest = D - half
     if half < 32 or rest > half // 2:
         return (whole,)
-    return (half, max(16, triton.next_power_of_2(rest)))
+    return (half, max(16, power_of_two(rest)))
 
 
 def split_columns(n: int, largest: int = 128, parts: int = 3) -> tuple[int, ...]:
@@ -32,7 +31,7 @@ def split_columns(n: int, largest: int = 128, parts: int = 3) -> tuple[int, ...]
     for left in range(parts, 0, -1):
         if rest <= 0:
             break
-        power = max(16, triton.next_power_of_2(rest))
+        power = max(16, power_of_two(rest))
         if left > 1 and power > 16 and rest <= power - power // 4:
             power //= 2
         columns.append(power)
@@ -51,7 +50,7 @@ class ForwardPlan(NamedTuple):
 
     def useful(self, Nq: int, Nk: int) -> float:
         """The fraction of the score tile that is not padding."""
-        return Nq * Nk / (triton.cdiv(Nq, self.block) * self.block * (self.main + sum(self.parts)))
+        return Nq * Nk / (cdiv(Nq, self.block) * self.block * (self.main + sum(self.parts)))
 
 
 def forward_plan(Nk: int, D: int, dtype: torch.dtype, plain: bool = True) -> ForwardPlan:
@@ -92,7 +91,7 @@ def backward_plan(
     """
     dims = split_dims(D)
     width = sum(dims)
-    odd = triton.cdiv(rows, 64) in (1, 3, 5)
+    odd = cdiv(rows, 64) in (1, 3, 5)
     if dtype == torch.float32 and not INTERPRETED:  # products by FMA
         block, block_loop, num_warps, num_stages = 32, 32, 8, 1
     elif resident and width <= 64 and N <= WHOLE_ROW:
@@ -117,12 +116,12 @@ def blocks_of_a_head(plan: ForwardPlan | BackwardPlan, rows: int, B: int, H: int
     One program walks over all of them, holding the other side in shared memory, unless that leaves
     multiprocessors idle. With a loop there is nothing to hold.
     """
-    blocks = triton.cdiv(rows, plan.block)
+    blocks = cdiv(rows, plan.block)
     fill = max(1, 2 * processors // max(1, B * H))
-    blocks_per_program = 1 if plan.main else triton.cdiv(blocks, min(blocks, fill))
-    return triton.cdiv(blocks, blocks_per_program), blocks_per_program
+    blocks_per_program = 1 if plan.main else cdiv(blocks, min(blocks, fill))
+    return cdiv(blocks, blocks_per_program), blocks_per_program
 
 
 def dbias_splits(tiles: int, items: int, processors: int) -> int:
     """How many programs, at most 16, share the sum of one tile of the bias to fill the machine."""
-    return max(1, min(items, 16, triton.cdiv(4 * processors, max(1, tiles))))
+    return max(1, min(items, 16, cdiv(4 * processors, max(1, tiles))))
