@@ -65,7 +65,7 @@ struct BackwardScratch {
     dvalues = take_floats(n * d_stride);
     dqueries = take_floats((key_blocks(a) > 1 ? a.Nq : rows) * d_stride);
     delta = take_floats(a.Nq);
-    lse = take_floats(a.Nq);
+    lse = take_floats(a.Nq + kVec);
     factors = take_floats(a.dropout ? rows * score_stride : 0);
     terms = take_floats(ScoreTerms::scratch_floats(n));
     partial_sums = take_floats(rows * kVec);
@@ -77,16 +77,26 @@ struct BackwardScratch {
   }
 };
 
+VK_INLINE Vec zero_where_zero(Vec test, Vec x) {
+#if defined(__AVX512F__)
+  const __mmask16 keep = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(test), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  return reinterpret_cast<Vec>(_mm512_maskz_mov_ps(keep, reinterpret_cast<__m512>(x)));
+#else
+  return as_float(as_int(x) & (test != Vec{}));
+#endif
+}
+
 // One row of P and dP, turned into normalised P and dS vector by vector.
 struct GradRow {
   const float *probs, *dprobs, *factors;  // factors: dropout, or null
   float inverse, delta;                   // P is probs * inverse
 
   VK_INLINE void at(int64_t j, Vec& p, Vec& ds) const {
-    p = load(probs + j) * splat(inverse);
+    const Vec unscaled = load(probs + j);
+    p = unscaled * splat(inverse);
     Vec dp = load(dprobs + j);
     if (factors != nullptr) dp = dp * load(factors + j);
-    ds = p * (dp - splat(delta));
+    ds = zero_where_zero(unscaled, p * (dp - splat(delta)));  // a masked key has no gradient even if dP is not finite
     if (factors != nullptr) p = p * load(factors + j);
   }
 };
@@ -207,7 +217,8 @@ struct HeadBackward {
       reduce_lanes(s.partial_sums, rows, s.inverse, add);
       reduce_lanes(s.partial_dots, rows, s.row_delta, add);
       for (int64_t r = 0; r < rows; r += kVec) {
-        const Vec sum = load(s.inverse + r), inverse = select(sum == Vec{}, sum, splat(1.0f) / sum);  // 0: a masked row
+        const Vec sum = load(s.inverse + r), lse = load(s.lse + i0 + r), one = splat(1.0f);
+        const Vec inverse = select(sum == Vec{}, sum, select(lse == splat(kInf), one, one / sum));  // 0: a masked row
         store(s.inverse + r, inverse);
         store(s.row_delta + r, load(s.row_delta + r) * inverse);
       }
@@ -219,25 +230,26 @@ struct HeadBackward {
   void probabilities(int64_t i, int64_t r, int64_t j0, int64_t n, bool whole) {
     float *scores = s.scores + r * s.score_stride, *dprobs = s.dprobs + r * s.score_stride;
     const int64_t columns = round_up(n, kVec);
-    const bool apply_terms = terms.active(), masked = s.lse[i] == -kInf;
+    const float lse = s.lse[i];
+    const bool apply_terms = terms.active();
     if (apply_terms) {
       terms.begin_row(i);
       terms.apply(scores);
     }
     fill_tail(scores, n, -kInf);
-    if (masked || apply_terms) clear_masked(scores, dprobs, columns, masked);
     const float* factors = a.dropout ? s.factors + r * s.score_stride : nullptr;
     if (a.dropout) dropout_row(a, b * a.H + h, i, j0, n, a.keep_scale, s.factors + r * s.score_stride);
-    // lse in log2 units, in two floats because it shifts every exponent of the row
-    const double shift = masked ? 0.0 : static_cast<double>(s.lse[i]) * kLog2e;
-    const float high = static_cast<float>(shift);
-    const float low = high - high == 0.0f ? static_cast<float>(shift - high) : 0.0f;  // 0 when lse is not finite
+    // lse in log2 units, in two floats because it shifts every exponent of the row. Masked rows have scores of -inf only;
+    // rows with a NaN become NaN by their inverse, which leaves masked keys recognisable as 0.
+    const double shift = lse - lse == 0.0f ? static_cast<double>(lse) * kLog2e : 0.0;  // 0: lse is not finite
+    const float high = static_cast<float>(shift), low = static_cast<float>(shift - high);
     const Vec scale = splat(static_cast<float>(apply_terms ? kLog2e : a.scale * kLog2e));
+    if (lse == kInf) settle_infinite(scores, columns, scale);
     if (!whole) {
       for (int64_t j = 0; j < columns; j += kVec)
         store(scores + j, exp2(fma(load(scores + j), scale, splat(-high)) - splat(low)));
-      s.inverse[r] = 1.0f;
-      s.row_delta[r] = masked ? 0.0f : s.delta[i];
+      s.inverse[r] = lse != lse ? lse : 1.0f;
+      s.row_delta[r] = s.delta[i] - s.delta[i] == 0.0f ? s.delta[i] : __builtin_nanf("");  // infinite dP of both signs
       return;
     }
     Vec sum = {}, dot = {};
@@ -251,6 +263,16 @@ struct HeadBackward {
     }
     store(s.partial_sums + r * kVec, sum);
     store(s.partial_dots + r * kVec, dot);
+  }
+
+  // The row of an lse of +inf: +inf becomes NaN (inf - inf), -inf stays masked, and finite scores get the least P that is
+  // not 0, because their dS is 0 * NaN and not that of a masked key.
+  static void settle_infinite(float* scores, int64_t columns, Vec scale) {
+    const Vec nan = splat(__builtin_nanf("")), masked = splat(-kInf), least = splat(-125.0f) / scale;
+    for (int64_t j = 0; j < columns; j += kVec) {
+      const Vec x = load(scores + j);
+      store(scores + j, select(x == masked, masked, select(x < splat(kInf), least, nan)));
+    }
   }
 
   GradRow row(int64_t r) const {
@@ -280,17 +302,6 @@ struct HeadBackward {
     }
 #endif
     (void)rows;
-  }
-
-  // Masked scores become -inf and their dP 0, so that neither side can make a NaN of 0 * inf.
-  static void clear_masked(float* scores, float* dprobs, int64_t columns, bool all) {
-    const Vec none = splat(-kInf);
-    for (int64_t j = 0; j < columns; j += kVec) {
-      const Vec x = load(scores + j);
-      const IVec gone = all ? IVec{} - 1 : x == none;
-      store(scores + j, select(gone, none, x));
-      store(dprobs + j, select(gone, Vec{}, load(dprobs + j)));
-    }
   }
 
   void query_gradients(int64_t i0, int64_t rows, int64_t j0, int64_t n) {

@@ -152,11 +152,7 @@ void forward_items(const AttentionArgs& a, int64_t begin, int64_t end, void* mem
     gemm<ALayout::kRowMajor>(rows, a.D, N, s.probabilities, s.probability_stride, s.values, N, 0, s.output, s.output_stride,
                              false);
     T* out = head_of<T>(a.out, b, h) + i0 * a.out.row;
-    for (int64_t r = 0; r < rows; ++r) {
-      float* output = s.output + r * s.output_stride;
-      if (s.sums[r] == 0.0f) std::memset(output, 0, static_cast<size_t>(s.output_stride) * sizeof(float));
-      store_row(out + r * a.out.row, output, a.D, s.sums[r]);
-    }
+    for (int64_t r = 0; r < rows; ++r) store_row(out + r * a.out.row, s.output + r * s.output_stride, a.D, s.sums[r]);
   }
 }
 
