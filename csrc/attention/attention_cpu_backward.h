@@ -159,6 +159,14 @@ float row_dot(const T* x, const T* y, int64_t D) {
   return lane_sum(sum);
 }
 
+// rowsum(dout * out), which is rowsum(P dP): an infinity in dout alone makes dP infinite with both signs, hence a NaN.
+template <class T>
+float row_delta(const T* dout, const T* out, int64_t D) {
+  const float delta = row_dot(dout, out, D);
+  const bool only_dout = delta - delta != 0.0f && row_dot(out, out, D) < kInf;
+  return only_dout ? __builtin_nanf("") : delta;
+}
+
 template <class T>
 struct HeadBackward {
   using Unit = typename UnitOf<T>::type;
@@ -180,7 +188,7 @@ struct HeadBackward {
     if (a.dv.data != nullptr) pack_rows<Unit>(dout, a.dout.row, a.Nq, a.D, s.douts);
     const bool whole_rows = key_blocks(a) == 1;  // then rows make their own delta
     for (int64_t i = 0; i < a.Nq; ++i) {
-      s.delta[i] = whole_rows ? 0.0f : row_dot(dout + i * a.dout.row, out + i * a.out.row, a.D);
+      s.delta[i] = whole_rows ? 0.0f : row_delta(dout + i * a.dout.row, out + i * a.out.row, a.D);
       s.lse[i] = a.lse[head_index * a.Nq + i];
     }
     for (int64_t j0 = 0; j0 < a.Nk; j0 += n_block) {
@@ -249,7 +257,7 @@ struct HeadBackward {
       for (int64_t j = 0; j < columns; j += kVec)
         store(scores + j, exp2(fma(load(scores + j), scale, splat(-high)) - splat(low)));
       s.inverse[r] = lse != lse ? lse : 1.0f;
-      s.row_delta[r] = s.delta[i] - s.delta[i] == 0.0f ? s.delta[i] : __builtin_nanf("");  // infinite dP of both signs
+      s.row_delta[r] = s.delta[i];
       return;
     }
     Vec sum = {}, dot = {};
