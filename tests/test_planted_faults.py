@@ -1,0 +1,106 @@
+"""The tests can fail: each planted fault of a raw operator is caught by problems.check."""
+
+import importlib
+
+import pytest
+import torch
+from every_op import small_problem
+from problems import check
+
+SLICES = {"add_layer_norm": "add_layer_norm", "layer_norm_add": "add_layer_norm"}
+SLICES |= {"attention": "attention", "attention_qkvpacked": "attention"}
+
+
+def change(index, function):
+    """Replace output `index` of the raw operator by `function` of it."""
+
+    def apply(_args, outputs):
+        outputs[index] = function(outputs[index])
+
+    return apply
+
+
+def add_to_one(tensor):
+    tensor = tensor.clone()
+    tensor.view(-1)[-1] += 0.05 * tensor.abs().max()
+    return tensor
+
+
+def truncate(tensor):
+    """To bf16 precision by dropping bits, kept in the tensor's dtype."""
+    bits = tensor.float().contiguous().view(torch.int32) & ~0xFFFF
+    return bits.view(torch.float32).to(tensor.dtype)
+
+
+def zero_last_column(tensor):
+    tensor = tensor.clone()
+    tensor[..., -1] = 0
+    return tensor
+
+
+def nothing(_tensor):
+    return None
+
+
+def write_into_input(args, _outputs):
+    next(a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()).view(-1)[0] += 1
+
+
+FAULTS = {
+    "y: one value": ("add_layer_norm_fwd", change(0, add_to_one)),
+    "y: bf16 inside": ("add_layer_norm_fwd", change(0, truncate)),
+    "new_residual: last column": ("add_layer_norm_fwd", change(1, zero_last_column)),
+    "rstd: wrong eps": ("add_layer_norm_fwd", change(3, lambda t: t * 1.0001)),
+    "input written": ("add_layer_norm_fwd", write_into_input),
+    "dx: one value": ("add_layer_norm_bwd", change(0, add_to_one)),
+    "dx: not dropped": ("add_layer_norm_bwd", change(0, lambda t: t + 1e-3)),
+    "dresidual: bf16 inside": ("add_layer_norm_bwd", change(1, truncate)),
+    "dweight: last column": ("add_layer_norm_bwd", change(2, zero_last_column)),
+    "dbias: wrong factor": ("add_layer_norm_bwd", change(3, lambda t: t * 0.999)),
+    "dgamma: missing": ("add_layer_norm_bwd", change(4, nothing)),
+    "out: bf16 inside": ("layer_norm_add_fwd", change(0, truncate)),
+    "post-norm dx: sign": ("layer_norm_add_bwd", change(0, torch.neg)),
+    "post-norm dweight: missing": ("layer_norm_add_bwd", change(1, nothing)),
+    "attention: one value": ("attention_fwd", change(0, add_to_one)),
+    "attention: bf16 inside": ("attention_fwd", change(0, truncate)),
+    "lse: off": ("attention_fwd", change(1, lambda t: t + 1e-3)),
+    "dq: without scale": ("attention_bwd", change(0, lambda t: t * 4.0)),
+    "dk: missing": ("attention_bwd", change(1, nothing)),
+    "dv: last column": ("attention_bwd", change(2, zero_last_column)),
+    "dbias: of one sample": ("attention_bwd", change(3, lambda t: t / 2)),
+    "packed: one value": ("attention_qkvpacked_fwd", change(0, add_to_one)),
+    "packed: dq and dv swapped": (
+        "attention_qkvpacked_bwd",
+        change(0, lambda t: t.unflatten(2, (3, -1)).flip(2).flatten(2)),
+    ),
+    "packed: bias frozen": ("attention_qkvpacked_bwd", change(1, torch.zeros_like)),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(name, monkeypatch):
+    raw, fault = FAULTS[name]
+    op = raw.rsplit("_", 1)[0]
+    module = importlib.import_module(f"vitkernels.ops.{SLICES[op]}.op")
+    original = module.overload
+
+    def faulty(called, backend):
+        function = original(called, backend)
+        if called != raw:
+            return function
+
+        def call(*args):
+            outputs = list(function(*args))
+            fault(args, outputs)
+            return tuple(outputs)
+
+        return call
+
+    problem = small_problem(op)
+    problem.options.pop("out_dtype", None)
+    if op == "add_layer_norm":
+        problem.options["out_dtype"] = torch.float32
+    check(problem, "reference", shape_class="planted faults, none")
+    monkeypatch.setattr(module, "overload", faulty)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(problem, "reference", shape_class="planted faults")
