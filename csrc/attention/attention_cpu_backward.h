@@ -12,10 +12,15 @@
 namespace vitkernels {
 namespace {
 
-constexpr int64_t kBackwardQueries = 48;  // even: query pairs do not straddle blocks
+constexpr int64_t kBackwardQueries = 48;  // at most
 constexpr int64_t kBackwardKeys = 288;
 
 inline int64_t key_blocks(const AttentionArgs& a) { return ceil_div(a.Nk, kBackwardKeys); }
+
+// Queries per block: even blocks, and an even number, so that no pair straddles two.
+inline int64_t query_block(const AttentionArgs& a) {
+  return round_up(ceil_div(a.Nq, ceil_div(a.Nq, kBackwardQueries)), 2);
+}
 
 // Keys per block: even blocks of whole vectors, the last one with the rest.
 inline int64_t key_block(const AttentionArgs& a) { return round_up(ceil_div(a.Nk, key_blocks(a)), 16); }
@@ -181,7 +186,7 @@ struct HeadBackward {
 
   void run(int64_t head_index) {
     b = head_index / a.H, h = head_index % a.H;
-    const int64_t K = units_of<Unit>(a.D), NQ = units_of<Unit>(a.Nq), n_block = key_block(a);
+    const int64_t K = units_of<Unit>(a.D), NQ = units_of<Unit>(a.Nq), n_block = key_block(a), block = query_block(a);
     const T *q = head_of<const T>(a.q, b, h), *k = head_of<const T>(a.k, b, h), *v = head_of<const T>(a.v, b, h);
     const T *dout = head_of<const T>(a.dout, b, h), *out = head_of<const T>(a.out, b, h);
     if (a.dk.data != nullptr) pack_rows<Unit>(q, a.q.row, a.Nq, a.D, s.queries);
@@ -197,8 +202,8 @@ struct HeadBackward {
       pack_transposed<Unit>(v + j0 * a.v.row, a.v.row, n, a.D, s.values_t);
       if (a.dq.data != nullptr) pack_rows<Unit>(k + j0 * a.k.row, a.k.row, n, a.D, s.keys);
       terms.begin(b, h, j0, n);
-      for (int64_t i0 = 0; i0 < a.Nq; i0 += kBackwardQueries) {
-        const int64_t rows = a.Nq - i0 < kBackwardQueries ? a.Nq - i0 : kBackwardQueries;
+      for (int64_t i0 = 0; i0 < a.Nq; i0 += block) {
+        const int64_t rows = a.Nq - i0 < block ? a.Nq - i0 : block;
         const RowUnits<Unit> qr = row_units<Unit>(q + i0 * a.q.row, a.q.row, rows, a.D, s.query_rows);
         const RowUnits<Unit> dr = row_units<Unit>(dout + i0 * a.dout.row, a.dout.row, rows, a.D, s.dout_rows);
         gemm<ALayout::kRowMajor>(rows, n, K, qr.data, qr.stride, s.keys_t, K, 0, s.scores, s.score_stride, false);
