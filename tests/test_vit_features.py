@@ -138,6 +138,23 @@ def test_replaced_modules_are_respected():
     same(logits_and_grads(ours, x), logits_and_grads(theirs, x), 2e-5)
 
 
+def test_subclasses_are_called_as_timm_calls_them():
+    theirs, ours = pair()
+    x = images()
+
+    class Doubled(LayerNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for block in ours.blocks:
+        norm = Doubled(48)
+        norm.load_state_dict(block.norm2.state_dict())
+        block.norm2 = norm
+    for block in theirs.blocks:
+        block.norm2.register_forward_hook(lambda m, args, out: 2 * out)
+    same({"y": ours(x)}, {"y": theirs(x)})
+
+
 # --- checkpointing, compiling, copying ------------------------------------------------------------
 
 

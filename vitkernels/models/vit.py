@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..nn import Block, LayerNorm, PatchDropout, PatchEmbed, Pending
-from ..nn.block import add, add_norm, chainable, fusable
+from ..nn.block import chainable
 from ..nn.known import known
 from ..nn.mlp import Mlp
 from ..nn.patch_embed import pair
+from ..nn.pending import add, add_norm, fusable
 from ..nn.resample import resample_pos_embed
 from .init import SCHEMES, init_weights, trunc_normal_
 from .intermediates import IntermediateFeatures

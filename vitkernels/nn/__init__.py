@@ -1,13 +1,14 @@
 """Building blocks of the models, with timm's arguments, attribute names and state_dict keys."""
 
 from .attention import Attention
-from .block import Block, Pending
+from .block import Block
 from .drop_path import DropPath
 from .layer_norm import LayerNorm
 from .layer_scale import LayerScale
 from .mlp import GELUTanh, Mlp, QuickGELU
 from .patch_dropout import PatchDropout
 from .patch_embed import PatchEmbed
+from .pending import Pending
 
 __all__ = [
     "Attention",

@@ -1,15 +1,11 @@
-"""The pre-norm Transformer block, and the residual add that it may leave to the next block.
+"""The pre-norm Transformer block.
 
-A block ends with stream + row_scale * gamma * branch (residual, DropPath, LayerScale), and the next
-one begins with LayerNorm of that sum: one fused operator does both. So a block given a Pending
-returns a Pending, the add still to be done. Given a Tensor it returns a Tensor, as timm's does.
+A block given a Pending returns a Pending, its last add still to be done. Given a Tensor it returns
+a Tensor, as timm's does.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor, nn
 
 from .attention import Attention
@@ -17,15 +13,7 @@ from .drop_path import DropPath
 from .layer_norm import LayerNorm
 from .layer_scale import LayerScale
 from .mlp import Mlp
-
-
-class Pending(NamedTuple):
-    """stream + row_scale[b] * gamma * branch, not yet added. branch None: just the stream."""
-
-    stream: Tensor
-    branch: Tensor | None = None
-    gamma: Tensor | None = None
-    row_scale: Tensor | None = None
+from .pending import Pending, add_norm, fusable, global_hooks, hooked
 
 
 class Block(nn.Module):
@@ -95,54 +83,11 @@ class Block(nn.Module):
         return Pending(stream) if isinstance(x, Pending) else stream
 
 
-def add_norm(
-    pending: Pending, norm: nn.Module, out_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """(norm(sum), sum) of a Pending, in one pass where the norm can take the add."""
-    stream, branch, gamma, row_scale = pending
-    if branch is not None and fusable(norm):
-        return norm(branch, stream, gamma, row_scale, out_dtype)
-    stream = add(pending)
-    return norm(stream), stream
-
-
-def add(pending: Pending) -> Tensor:
-    """The sum itself, in timm's order: LayerScale, DropPath, residual."""
-    stream, branch, gamma, row_scale = pending
-    if branch is None:
-        return stream
-    branch = branch if gamma is None else branch * gamma
-    if row_scale is not None:
-        branch = branch * row_scale.view((-1,) + (1,) * (branch.ndim - 1))
-    return stream + branch
-
-
-def fusable(*modules: nn.Module) -> bool:
-    """Whether these may run as one operator: they are ours, and nobody hooks into what passes."""
-    return not _global_hooks() and all(
-        isinstance(module, (LayerNorm, LayerScale, DropPath)) and not _hooked(module)
-        for module in modules
-    )
-
-
 def chainable(blocks: nn.Module) -> bool:
     """Whether a Pending may travel through this Sequential of blocks: a hook sees only Tensors."""
     return (
         isinstance(blocks, nn.Sequential)
-        and not _global_hooks()
-        and not _hooked(blocks)
-        and all(isinstance(block, Block) and not _hooked(block) for block in blocks)
+        and not global_hooks()
+        and not hooked(blocks)
+        and all(type(block) is Block and not hooked(block) for block in blocks)
     )
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def _global_hooks() -> bool:
-    return torch.nn.modules.module._has_any_global_hook()

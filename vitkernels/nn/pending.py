@@ -1,0 +1,68 @@
+"""The residual add that a block may leave to the LayerNorm that comes next.
+
+A block ends with stream + row_scale * gamma * branch (residual, DropPath, LayerScale), and the next
+one begins with LayerNorm of that sum: one fused operator does both.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .drop_path import DropPath
+from .layer_norm import LayerNorm
+from .layer_scale import LayerScale
+
+
+class Pending(NamedTuple):
+    """stream + row_scale[b] * gamma * branch, not yet added. branch None: just the stream."""
+
+    stream: Tensor
+    branch: Tensor | None = None
+    gamma: Tensor | None = None
+    row_scale: Tensor | None = None
+
+
+def add_norm(
+    pending: Pending, norm: nn.Module, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """(norm(sum), sum) of a Pending, in one pass where the norm can take the add."""
+    stream, branch, gamma, row_scale = pending
+    if branch is not None and fusable(norm):
+        return norm(branch, stream, gamma, row_scale, out_dtype)
+    stream = add(pending)
+    return norm(stream), stream
+
+
+def add(pending: Pending) -> Tensor:
+    """The sum itself, in timm's order: LayerScale, DropPath, residual."""
+    stream, branch, gamma, row_scale = pending
+    if branch is None:
+        return stream
+    branch = branch if gamma is None else branch * gamma
+    if row_scale is not None:
+        branch = branch * row_scale.view((-1,) + (1,) * (branch.ndim - 1))
+    return stream + branch
+
+
+def fusable(*modules: nn.Module) -> bool:
+    """Whether these may run as one operator: they are ours, and nobody hooks into what passes."""
+    return not global_hooks() and all(
+        type(module) in (LayerNorm, LayerScale, DropPath) and not hooked(module)
+        for module in modules
+    )
+
+
+def hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def global_hooks() -> bool:
+    return torch.nn.modules.module._has_any_global_hook()
