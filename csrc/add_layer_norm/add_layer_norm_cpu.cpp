@@ -29,7 +29,8 @@ const float* as_float(const OptTensor& t, int64_t C, const char* op, const char*
                       OptTensor* owner) {
   if (!t.has_value()) return nullptr;
   VK_CHECK(t->numel() == C, op, name, " must have ", C, " elements, got ", t->numel());
-  *owner = torch::stable::contiguous(torch::stable::to(*t, ScalarType::Float));
+  const bool ready = t->scalar_type() == ScalarType::Float && (C == 1 || t->stride(0) == 1);
+  *owner = ready ? *t : torch::stable::contiguous(torch::stable::to(*t, ScalarType::Float));
   return static_cast<const float*>((*owner)->const_data_ptr());
 }
 
@@ -174,7 +175,9 @@ std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> add_layer_norm
   }
   if (dnew_residual.has_value()) {
     check_same_shape(z, *dnew_residual, op, "dnew_residual");
-    dz_rows = as_rows(torch::stable::to(*dnew_residual, z.scalar_type()), op, "dnew_residual");
+    const bool ready = dnew_residual->scalar_type() == z.scalar_type();
+    const Tensor dz = ready ? *dnew_residual : torch::stable::to(*dnew_residual, z.scalar_type());
+    dz_rows = as_rows(dz, op, "dnew_residual");
     args.dz = arg(*dz_rows);
   }
   if (sums[2].has_value()) {

@@ -16,74 +16,104 @@ namespace {
 using ForwardKernel = void (*)(ForwardArgs);
 using BackwardKernel = void (*)(BackwardArgs);
 
+template <Form FORM, Types TYPES>
+ForwardKernel forward_of_types(const Plan& p) {
+  if (p.block_per_row)
+    return p.chunks == 1 ? forward_kernel<FORM, TYPES, true, true, 1>
+                         : forward_kernel<FORM, TYPES, true, true, 2>;
+  return p.chunks == 1   ? forward_kernel<FORM, TYPES, true, false, 1>
+         : p.chunks == 2 ? forward_kernel<FORM, TYPES, true, false, 2>
+         : p.chunks == 3 ? forward_kernel<FORM, TYPES, true, false, 3>
+                         : forward_kernel<FORM, TYPES, true, false, 4>;
+}
+
 template <Form FORM>
-ForwardKernel forward_instance(const Plan& p) {
-  const int key = (p.block_per_row ? 10 : 0) + p.chunks;
-  if (!p.vectorized) {
-    switch (key) {
-      case 1:
-        return forward_kernel<FORM, false, false, 1>;
-      case 2:
-        return forward_kernel<FORM, false, false, 2>;
-      case 12:
-        return forward_kernel<FORM, false, true, 2>;
+ForwardKernel forward_instance(const Plan& p, Types types) {
+  if (p.fixed_types) {
+    switch (types) {
+      case Types::kF32:
+        return forward_of_types<FORM, Types::kF32>(p);
+      case Types::kBF16:
+        return forward_of_types<FORM, Types::kBF16>(p);
+      case Types::kBF16Stream32:
+        return forward_of_types<FORM, Types::kBF16Stream32>(p);
+      case Types::kF16:
+        return forward_of_types<FORM, Types::kF16>(p);
       default:
-        return forward_kernel<FORM, false, true, 0>;
+        return forward_of_types<FORM, Types::kF16Stream32>(p);
     }
   }
-  switch (key) {
-    case 1:
-      return forward_kernel<FORM, true, false, 1>;
-    case 2:
-      return forward_kernel<FORM, true, false, 2>;
-    case 3:
-      return forward_kernel<FORM, true, false, 3>;
-    case 4:
-      return forward_kernel<FORM, true, false, 4>;
-    case 11:
-      return forward_kernel<FORM, true, true, 1>;
-    case 12:
-      return forward_kernel<FORM, true, true, 2>;
-    case 14:
-      return forward_kernel<FORM, true, true, 4>;
-    default:
-      return forward_kernel<FORM, true, true, 0>;
-  }
+  constexpr Types kAny = Types::kAny;
+  if (p.vectorized)
+    return p.chunks == 0     ? forward_kernel<FORM, kAny, true, true, 0>
+           : p.block_per_row ? forward_kernel<FORM, kAny, true, true, 4>
+                             : forward_kernel<FORM, kAny, true, false, 4>;
+  return p.chunks == 0     ? forward_kernel<FORM, kAny, false, true, 0>
+         : p.block_per_row ? forward_kernel<FORM, kAny, false, true, 2>
+                           : forward_kernel<FORM, kAny, false, false, 2>;
+}
+
+template <bool DGAMMA, Types TYPES>
+BackwardKernel backward_of_types(const Plan& p) {
+  if (p.block_per_row)
+    return p.chunks == 1 ? backward_kernel<TYPES, true, true, 1, DGAMMA>
+                         : backward_kernel<TYPES, true, true, 2, DGAMMA>;
+  return p.chunks == 1   ? backward_kernel<TYPES, true, false, 1, DGAMMA>
+         : p.chunks == 2 ? backward_kernel<TYPES, true, false, 2, DGAMMA>
+         : p.chunks == 3 ? backward_kernel<TYPES, true, false, 3, DGAMMA>
+                         : backward_kernel<TYPES, true, false, 4, DGAMMA>;
 }
 
 template <bool DGAMMA>
-BackwardKernel backward_instance(const Plan& p) {
-  const int key = (p.block_per_row ? 10 : 0) + p.chunks;
-  if (!p.vectorized) {
-    switch (key) {
-      case 1:
-        return backward_kernel<false, false, 1, DGAMMA>;
-      case 2:
-        return backward_kernel<false, false, 2, DGAMMA>;
-      case 12:
-        return backward_kernel<false, true, 2, DGAMMA>;
+BackwardKernel backward_instance(const Plan& p, Types types) {
+  if (p.fixed_types) {
+    switch (types) {
+      case Types::kF32:
+        return backward_of_types<DGAMMA, Types::kF32>(p);
+      case Types::kBF16:
+        return backward_of_types<DGAMMA, Types::kBF16>(p);
+      case Types::kBF16Stream32:
+        return backward_of_types<DGAMMA, Types::kBF16Stream32>(p);
+      case Types::kF16:
+        return backward_of_types<DGAMMA, Types::kF16>(p);
       default:
-        return backward_kernel<false, true, 0, DGAMMA>;
+        return backward_of_types<DGAMMA, Types::kF16Stream32>(p);
     }
   }
-  switch (key) {
-    case 1:
-      return backward_kernel<true, false, 1, DGAMMA>;
-    case 2:
-      return backward_kernel<true, false, 2, DGAMMA>;
-    case 3:
-      return backward_kernel<true, false, 3, DGAMMA>;
-    case 4:
-      return backward_kernel<true, false, 4, DGAMMA>;
-    case 11:
-      return backward_kernel<true, true, 1, DGAMMA>;
-    case 12:
-      return backward_kernel<true, true, 2, DGAMMA>;
-    case 14:
-      return backward_kernel<true, true, 4, DGAMMA>;
-    default:
-      return backward_kernel<true, true, 0, DGAMMA>;
+  constexpr Types kAny = Types::kAny;
+  if (p.vectorized)
+    return p.chunks == 0     ? backward_kernel<kAny, true, true, 0, DGAMMA>
+           : p.block_per_row ? backward_kernel<kAny, true, true, 4, DGAMMA>
+                             : backward_kernel<kAny, true, false, 4, DGAMMA>;
+  return p.chunks == 0     ? backward_kernel<kAny, false, true, 0, DGAMMA>
+         : p.block_per_row ? backward_kernel<kAny, false, true, 2, DGAMMA>
+                           : backward_kernel<kAny, false, false, 2, DGAMMA>;
+}
+
+template <class Operand>
+bool same_type(const Operand& a, const Operand& b) {
+  return a.data == nullptr || a.dtype == b.dtype;
+}
+bool same_types(const ForwardArgs& a, const ForwardArgs& b) {
+  return same_type(a.x, b.x) && same_type(a.residual, b.residual) && same_type(a.y, b.y) &&
+         same_type(a.z, b.z);
+}
+bool same_types(const BackwardArgs& a, const BackwardArgs& b) {
+  return same_type(a.dy, b.dy) && same_type(a.dz, b.dz) && same_type(a.z, b.z) &&
+         same_type(a.x, b.x) && same_type(a.dx, b.dx) && same_type(a.dresidual, b.dresidual);
+}
+
+// The combination that all operands of a call agree with, or kAny. No combination has dropout.
+template <class Args, class Set>
+Types types_of(const Args& a, Set set) {
+  if (a.dropout.seed != nullptr) return Types::kAny;
+  for (Types t :
+       {Types::kF32, Types::kBF16, Types::kBF16Stream32, Types::kF16, Types::kF16Stream32}) {
+    Args typed = a;
+    set(typed, branch_type(t), stream_type(t));
+    if (same_types(a, typed)) return t;
   }
+  return Types::kAny;
 }
 
 // ---- Launchers
@@ -186,12 +216,13 @@ void launch_forward(const Device& device, Operands& operands, ForwardArgs& a) {
   a.rows = operands.rows();
   a.rows_per_sample = operands.rows_per_sample();
   a.C = operands.C();
-  const Plan p = add_layer_norm::plan(a.rows, a.C, operands.aligned(), device.multiprocessors(),
-                                      Pass::kForward);
+  const Types types = types_of(a, set_types<FORM>);
+  const Plan p = add_layer_norm::plan(a.rows, a.C, operands.aligned(), types != Types::kAny,
+                                      device.multiprocessors(), Pass::kForward);
   a.lanes = p.lanes;
   if (a.rows > 0)
-    device.launch(forward_instance<FORM>(p), dim3(static_cast<unsigned>(p.blocks)), dim3(p.threads),
-                  p.shared_bytes, a);
+    device.launch(forward_instance<FORM>(p, types), dim3(static_cast<unsigned>(p.blocks)),
+                  dim3(p.threads), p.shared_bytes, a);
 }
 
 // Launches the backward and, where a parameter's gradient is wanted, the sums over its blocks.
@@ -200,8 +231,11 @@ void launch_backward(const Device& device, Operands& operands, BackwardArgs& a, 
   a.rows = operands.rows();
   a.rows_per_sample = operands.rows_per_sample();
   a.C = operands.C();
-  const Plan p = add_layer_norm::plan(a.rows, a.C, operands.aligned(), device.multiprocessors(),
-                                      backward_pass(gradients[2].has_value()));
+  const Types types = types_of(
+      a, [](BackwardArgs& b, DType branch, DType stream) { set_types(b, branch, stream); });
+  const Plan p =
+      add_layer_norm::plan(a.rows, a.C, operands.aligned(), types != Types::kAny,
+                           device.multiprocessors(), backward_pass(gradients[2].has_value()));
   a.lanes = p.lanes;
   OptTensor scratch;
   FinishArgs finish{};
@@ -221,9 +255,9 @@ void launch_backward(const Device& device, Operands& operands, BackwardArgs& a, 
     finish.C = a.C;
   }
   if (a.rows > 0)
-    device.launch(
-        gradients[2].has_value() ? backward_instance<true>(p) : backward_instance<false>(p),
-        dim3(static_cast<unsigned>(p.blocks)), dim3(p.threads), p.shared_bytes, a);
+    device.launch(gradients[2].has_value() ? backward_instance<true>(p, types)
+                                           : backward_instance<false>(p, types),
+                  dim3(static_cast<unsigned>(p.blocks)), dim3(p.threads), p.shared_bytes, a);
   if (any)
     device.launch(finish_kernel, dim3((static_cast<unsigned>(a.C) + kWarp - 1) / kWarp, 3),
                   dim3(kWarp, kFinishRows), 0, finish);

@@ -69,10 +69,39 @@ struct BackwardArgs {
   int C, lanes;
 };
 
+// ---- Dtypes fixed at compile time
+
+// The combinations that models use, without dropout: all operands alike, or a 16-bit branch on an
+// fp32 residual stream (autocast). kAny reads dtypes from the arguments, at three times the
+// instructions. Parameters keep theirs: they are read from L1, a branch per eight elements.
+enum class Types { kAny, kF32, kBF16, kBF16Stream32, kF16, kF16Stream32 };
+
+constexpr DType branch_type(Types t) {
+  return t == Types::kF32                                 ? DType::kF32
+         : t == Types::kBF16 || t == Types::kBF16Stream32 ? DType::kBF16
+                                                          : DType::kF16;
+}
+constexpr DType stream_type(Types t) {
+  return t == Types::kBF16 || t == Types::kF16 ? branch_type(t) : DType::kF32;
+}
+
+// Which operands belong to the branch and which to the stream.
+template <Form FORM>
+__host__ __device__ __forceinline__ void set_types(ForwardArgs& a, DType branch, DType stream) {
+  a.x.dtype = branch;
+  a.residual.dtype = a.z.dtype = stream;
+  a.y.dtype = FORM == Form::kAddNorm ? branch : stream;
+}
+__host__ __device__ __forceinline__ void set_types(BackwardArgs& a, DType branch, DType stream) {
+  a.dy.dtype = a.x.dtype = a.dx.dtype = branch;
+  a.z.dtype = a.dz.dtype = a.dresidual.dtype = stream;
+}
+
 // ---- What both directions share
 
-// The threads that have a row: some lanes of a warp, or the block.
-template <bool BLOCK>
+// The threads that have a row: some lanes of a warp (LANES, or the argument where that is 0), or
+// the block.
+template <bool BLOCK, int LANES>
 struct Team {
   int rank, size;
   int64_t first, step;  // row of the warp's (block's) first team, and from there to its next one
@@ -80,7 +109,8 @@ struct Team {
   float* partial;       // shared: two buffers of 2 x 32 floats, used in turn
   int turn = 0;
 
-  VK_DEVICE Team(int lanes, float* partial) : partial(partial) {
+  VK_DEVICE Team(int lanes_argument, float* partial) : partial(partial) {
+    const int lanes = LANES == 0 ? lanes_argument : LANES;
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     if constexpr (BLOCK) {
       rank = thread, size = threads, first = blockIdx.x, step = gridDim.x, offset = 0;
@@ -98,7 +128,7 @@ struct Team {
       sum_over_block(v, partial + turn * 2 * kWarp);
       turn ^= 1;
     } else {
-      sum_over_lanes(v, size);
+      sum_over_lanes(v, LANES == 0 ? size : LANES);
     }
   }
 };
@@ -139,18 +169,18 @@ VK_DEVICE void load_parameter(const Parameter& p, const Columns<VEC>& columns, f
 template <bool VEC>
 VK_DEVICE void branch_factors(const Dropout& dropout, const Row& row, int64_t C,
                               const Columns<VEC>& columns, float (&f)[8]) {
-  unsigned keep = 0xff;
-  if (dropout.seed != nullptr) {
-    keep = 0;
-    const uint64_t seed = static_cast<uint64_t>(*dropout.seed),
-                   index = static_cast<uint64_t>(row.index * C);
-#pragma unroll 2
-    for (int j = 0; j < 8; ++j)  // not unrolled in full: ten rounds are a hundred instructions
-      keep |= static_cast<unsigned>(keeps(dropout, seed, index + static_cast<uint64_t>(columns[j])))
-              << j;
-  }
 #pragma unroll
-  for (int j = 0; j < 8; ++j) f[j] = keep >> j & 1 ? row.scale * dropout.scale : 0.0f;
+  for (int j = 0; j < 8; ++j) f[j] = row.scale;
+  if (dropout.seed == nullptr) return;
+  unsigned keep = 0;
+  const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
+  const uint64_t index = static_cast<uint64_t>(row.index * C);
+#pragma unroll 2
+  for (int j = 0; j < 8; ++j)  // not unrolled in full: ten rounds are a hundred instructions
+    keep |= static_cast<unsigned>(keeps(dropout, seed, index + static_cast<uint64_t>(columns[j])))
+            << j;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) f[j] = keep >> j & 1 ? f[j] * dropout.scale : 0.0f;
 }
 
 // ---- Forward
@@ -189,12 +219,20 @@ VK_DEVICE void load_z(const ForwardArgs& a, const Row& row, int rank, int size, 
   }
 }
 
-template <Form FORM, bool VEC, bool BLOCK, int CHUNKS>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ ForwardArgs a) {
+// In the warp's instances of several chunks a row has the whole warp.
+template <Types TYPES, bool BLOCK, int CHUNKS>
+constexpr int kLanes = TYPES != Types::kAny && !BLOCK && CHUNKS > 1 ? kWarp : 0;
+
+template <Form FORM, Types TYPES, bool VEC, bool BLOCK, int CHUNKS>
+__global__ void __launch_bounds__(kThreads)
+    forward_kernel(const __grid_constant__ ForwardArgs arguments) {
   check_launch_bounds<kThreads>();
+  ForwardArgs a = arguments;
+  if constexpr (TYPES != Types::kAny) set_types<FORM>(a, branch_type(TYPES), stream_type(TYPES));
+  if constexpr (TYPES != Types::kAny || FORM == Form::kNormAdd) a.dropout.seed = nullptr;
   constexpr int HELD = CHUNKS == 0 ? 1 : CHUNKS;
   VK_SHARED(float, partial, [2 * 2 * kWarp]);
-  Team<BLOCK> team(a.lanes, partial);
+  Team<BLOCK, kLanes<TYPES, BLOCK, CHUNKS>> team(a.lanes, partial);
   const int chunks = CHUNKS == 0 ? (a.C + 8 * team.size - 1) / (8 * team.size) : CHUNKS;
   const float C = static_cast<float>(a.C);
 
@@ -226,9 +264,10 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant
 
     float squares[1] = {0.0f};
     pass([&](int i, const Columns<VEC>& columns) {
+      if (VEC && !columns.holds(0)) return;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float d = columns.holds(j) ? z[i][j] - mean : 0.0f;
+        const float d = VEC || columns.holds(j) ? z[i][j] - mean : 0.0f;
         squares[0] += d * d;
       }
     });
@@ -327,18 +366,23 @@ constexpr Pass backward_pass(bool dgamma) {
   return dgamma ? Pass::kBackwardGamma : Pass::kBackward;
 }
 
-template <bool VEC, bool BLOCK, int CHUNKS, bool DGAMMA>
+template <Types TYPES, bool VEC, bool BLOCK, int CHUNKS, bool DGAMMA>
 constexpr add_layer_norm::Residency kResidency =
-    add_layer_norm::residency(VEC, BLOCK, CHUNKS, backward_pass(DGAMMA));
+    add_layer_norm::residency(TYPES != Types::kAny, VEC, BLOCK, CHUNKS, backward_pass(DGAMMA));
 
-template <bool VEC, bool BLOCK, int CHUNKS, bool DGAMMA>
-__global__ void __launch_bounds__(kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.threads,
-                                  kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.blocks)
-    backward_kernel(const __grid_constant__ BackwardArgs a) {
-  check_launch_bounds<kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.threads>();
+template <Types TYPES, bool VEC, bool BLOCK, int CHUNKS, bool DGAMMA>
+__global__ void __launch_bounds__(kResidency<TYPES, VEC, BLOCK, CHUNKS, DGAMMA>.threads,
+                                  kResidency<TYPES, VEC, BLOCK, CHUNKS, DGAMMA>.blocks)
+    backward_kernel(const __grid_constant__ BackwardArgs arguments) {
+  check_launch_bounds<kResidency<TYPES, VEC, BLOCK, CHUNKS, DGAMMA>.threads>();
+  BackwardArgs a = arguments;
+  if constexpr (TYPES != Types::kAny) {
+    set_types(a, branch_type(TYPES), stream_type(TYPES));
+    a.dropout.seed = nullptr;
+  }
   constexpr int HELD = CHUNKS == 0 ? 1 : CHUNKS;
   VK_SHARED(float, partial, [2 * 2 * kWarp]);
-  Team<BLOCK> team(a.lanes, partial);
+  Team<BLOCK, kLanes<TYPES, BLOCK, CHUNKS>> team(a.lanes, partial);
   const int chunks = CHUNKS == 0 ? (a.C + 8 * team.size - 1) / (8 * team.size) : CHUNKS;
   const float C = static_cast<float>(a.C);
   const int64_t blocks = gridDim.x;

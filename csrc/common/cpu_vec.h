@@ -46,8 +46,7 @@ VK_INLINE Vec select(IVec mask, Vec yes, Vec no) {
   return as_float((mask & as_int(yes)) | (~mask & as_int(no)));
 }
 
-// --- scalar conversions (tails, portable level)
-// ---------------------------------------------------------------------
+// ---- scalar conversions (tails, portable level)
 VK_INLINE float to_float(float x) { return x; }
 
 VK_INLINE float to_float(BF16 x) {
@@ -112,8 +111,7 @@ VK_INLINE F16 from_float<F16>(float x) {
       static_cast<uint16_t>(sign | ((bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13))};
 }
 
-// --- loads and stores; the `_n` forms touch n < kVec elements only, and zero the other lanes
-// ------------------------
+// ---- loads and stores; the `_n` forms touch n < kVec elements only, and zero the other lanes
 VK_INLINE Vec load(const float* p) {
   Vec v;
   std::memcpy(&v, p, sizeof v);
@@ -237,29 +235,31 @@ VK_INLINE void store_or(T* p, Vec v, int n) {
   }
 }
 
-// v as it reads back after a store to T.
+// Stores v rounded to T, and returns what reads back.
 template <class T>
-VK_INLINE Vec round_to(Vec v) {
+VK_INLINE Vec store_rounded(T* p, Vec v, int n) {
   T lanes[kVec];
   store(lanes, v);
+  std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
   return load(lanes);
 }
 
 template <>
-VK_INLINE Vec round_to<float>(Vec v) {
+VK_INLINE Vec store_rounded<float>(float* p, Vec v, int n) {
+  store_or(p, v, n);
   return v;
 }
 
 #if defined(__AVX512BF16__)
 template <>
-VK_INLINE Vec round_to<BF16>(Vec v) {
+VK_INLINE Vec store_rounded<BF16>(BF16* p, Vec v, int n) {
   const __m256i h = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), h);
   return reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 #endif
 
-// --- arithmetic
-// -------------------------------------------------------------------------------------------------------
+// ---- arithmetic
 VK_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec>(_mm512_fmadd_ps(
