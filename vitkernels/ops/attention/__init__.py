@@ -1,3 +1,4 @@
-from .op import BACKENDS, attention, attention_qkvpacked, attention_weights
+from .op import BACKENDS, attention, attention_qkvpacked
+from .weights import attention_weights
 
 __all__ = ["BACKENDS", "attention", "attention_qkvpacked", "attention_weights"]

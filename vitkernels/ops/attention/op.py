@@ -1,8 +1,6 @@
-"""attention, attention_qkvpacked, attention_weights: public functions to autograd."""
+"""attention and attention_qkvpacked: public functions, backends, schemas, fakes, autograd."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +71,8 @@ def attention(
     Source: Vaswani et al. 2017, section 3.2.1.
     """
     q, k, v = _cast(q, k, v)
-    scale = _check_attention(q, k, v, bias, key_padding_mask, scale, dropout_p)
-    bias = _bias_4d("attention", bias, q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+    scale = check_attention(q, k, v, bias, key_padding_mask, scale, dropout_p)
+    bias = bias_4d("attention", bias, q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
     chosen = choose("attention", BACKENDS, backend, q.device, (q.dtype,), D=q.shape[3])
     seed = draw_seed(q.device) if dropout_p > 0.0 else None
     args = (q, k, v, bias, key_padding_mask, seed, scale, float(dropout_p))
@@ -121,7 +119,7 @@ def attention_qkvpacked(
     """
     (qkv,) = _cast(qkv)
     D, scale = _check_packed(qkv, num_heads, key_padding_mask, scale, dropout_p)
-    bias = _bias_4d(
+    bias = bias_4d(
         "attention_qkvpacked", bias, qkv, (qkv.shape[0], num_heads, qkv.shape[1], qkv.shape[1])
     )
     chosen = choose("attention_qkvpacked", BACKENDS, backend, qkv.device, (qkv.dtype,), D=D)
@@ -132,40 +130,6 @@ def attention_qkvpacked(
     if needs_autograd(qkv, bias):
         return _AttentionQkvPacked.apply(chosen, qkv, num_heads, *args)[0]
     return overload("attention_qkvpacked_fwd", chosen)(qkv, num_heads, *args)[0]
-
-
-def attention_weights(
-    q: Tensor,
-    k: Tensor,
-    *,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-    rows: int | slice | Sequence[int] | None = None,
-) -> Tensor:
-    """The softmax rows asked for, for pictures of attention: the kernels never store them.
-
-    ``softmax(scale * q[rows] k^T + bias)``, computed in fp32 by plain PyTorch.
-
-    Args:
-        q: (B, Nq, H, D), fp32, bf16, fp16 or float64.
-        k: (B, Nk, H, D), dtype of q.
-        bias: broadcasts to (B, H, Nq, Nk), float or bool (True = attend).
-        scale: default D ** -0.5.
-        rows: query indices: an int (0 is the class token), a slice, a sequence of ints, or None for
-        all.
-
-    Returns:
-        (B, H, rows, Nk) in fp32 (float64 for float64 input).
-
-    Raises:
-        TypeError, ValueError: naming the operator, the argument, what was expected and what came.
-    """
-    op = "attention_weights"
-    scale = _check_attention(q, k, k, bias, None, scale, 0.0, op=op)
-    bias = _bias_4d(op, bias, q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
-    index = _row_index(op, rows, q.shape[1]).to(q.device)
-    with torch.autocast(q.device.type, enabled=False):
-        return reference.attention_weights(q, k, bias, scale, index)
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -183,7 +147,7 @@ def _cast(*tensors):
     )
 
 
-def _check_attention(q, k, v, bias, key_padding_mask, scale, dropout_p, op="attention"):
+def check_attention(q, k, v, bias, key_padding_mask, scale, dropout_p, op="attention"):
     _checks.tensor(op, "q", q, ndim=4, meaning="(B, Nq, H, D)")
     B, Nq, H, D = q.shape
     for name, value in (("k", k), ("v", v)):
@@ -233,7 +197,7 @@ def _check_options(op, like, mask_shape, D, key_padding_mask, scale, dropout_p):
     return float(scale)
 
 
-def _bias_4d(op, bias, like, full):
+def bias_4d(op, bias, like, full):
     """The bias as a 4-D view whose every dimension is 1 or full."""
     if bias is None:
         return None
@@ -253,26 +217,6 @@ def _bias_4d(op, bias, like, full):
         if size != 1 and size != wanted:
             _checks.fail(op, "bias", expected, _checks.describe(bias))
     return bias[(None,) * (4 - bias.ndim)]
-
-
-def _row_index(op, rows, Nq):
-    if rows is None:
-        return torch.arange(Nq)
-    if isinstance(rows, slice):
-        return torch.arange(Nq)[rows]
-    listed = [rows] if isinstance(rows, int) and not isinstance(rows, bool) else rows
-    if not isinstance(listed, Sequence) or isinstance(listed, str):
-        _checks.fail(
-            op,
-            "rows",
-            "an int, a slice, a sequence of ints or None",
-            _checks.describe(rows),
-            TypeError,
-        )
-    for row in listed:
-        if isinstance(row, bool) or not isinstance(row, int) or not -Nq <= row < Nq:
-            _checks.fail(op, "rows", f"made of query indices in [-{Nq}, {Nq})", row)
-    return torch.tensor([row % Nq for row in listed], dtype=torch.int64)
 
 
 # --- backend "torch": SDPA where it is exact, visible to autograd and torch.compile ---------------
