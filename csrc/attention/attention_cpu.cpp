@@ -1,4 +1,5 @@
-// Launchers of attention on the CPU: cheap checks, outputs, work items, registration. Kernels: attention_cpu_kernels.cpp.
+// Launchers of attention on the CPU: cheap checks, outputs, work items, registration. Kernels:
+// attention_cpu_kernels.cpp.
 #include "attention/attention_cpu.h"
 
 #include <algorithm>
@@ -22,7 +23,8 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Scratch of the calling thread, kept between calls: fresh pages cost more than the kernel of a short sequence.
+// Scratch of the calling thread, kept between calls: fresh pages cost more than the kernel of a
+// short sequence.
 void* thread_scratch(int64_t bytes) {
   thread_local std::unique_ptr<void, Free> memory;
   thread_local int64_t held = 0;
@@ -37,8 +39,8 @@ void* thread_scratch(int64_t bytes) {
   return memory.get();
 }
 
-void run_items(void (*kernel)(const AttentionArgs&, int64_t, int64_t, void*), const AttentionArgs& args, int64_t items,
-               int64_t scratch_bytes) {
+void run_items(void (*kernel)(const AttentionArgs&, int64_t, int64_t, void*),
+               const AttentionArgs& args, int64_t items, int64_t scratch_bytes) {
   torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
     kernel(args, begin, end, thread_scratch(scratch_bytes));
   });
@@ -47,43 +49,51 @@ void run_items(void (*kernel)(const AttentionArgs&, int64_t, int64_t, void*), co
 // (B, N, H, D) with unit stride along D; `owner` holds the copy where one had to be made.
 HeadView heads(const Tensor& t, Tensor* owner) {
   *owner = t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
-  return {const_cast<void*>(owner->const_data_ptr()), owner->stride(0), owner->stride(1), owner->stride(2)};
+  return {const_cast<void*>(owner->const_data_ptr()), owner->stride(0), owner->stride(1),
+          owner->stride(2)};
 }
 
-// The heads `which` (0 = q, 1 = k, 2 = v) of a packed (B, N, 3 * H * D) tensor, or of (B, N, H * D) with which = 0.
+// The heads `which` (0 = q, 1 = k, 2 = v) of a packed (B, N, 3 * H * D) tensor, or of (B, N, H * D)
+// with which = 0.
 HeadView packed_heads(const Tensor& t, int64_t which, int64_t H, int64_t D, Tensor* owner) {
   *owner = t.size(2) == 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
   char* data = static_cast<char*>(const_cast<void*>(owner->const_data_ptr()));
-  return {data + which * H * D * size_of(dtype_of(t, "attention_qkvpacked", "qkv")), owner->stride(0), owner->stride(1), D};
+  return {data + which * H * D * size_of(dtype_of(t, "attention_qkvpacked", "qkv")),
+          owner->stride(0), owner->stride(1), D};
 }
 
-HeadView output_heads(void* data, int64_t N, int64_t row, int64_t D) { return {data, N * row, row, D}; }
+HeadView output_heads(void* data, int64_t N, int64_t row, int64_t D) {
+  return {data, N * row, row, D};
+}
 
-void check_like(const Tensor& t, const std::vector<int64_t>& shape, ScalarType dtype, const char* op, const char* name) {
+void check_like(const Tensor& t, const std::vector<int64_t>& shape, ScalarType dtype,
+                const char* op, const char* name) {
   VK_CHECK(shape_of(t) == shape, op, name, " has the wrong shape");
   VK_CHECK(t.scalar_type() == dtype, op, name, " has the wrong dtype");
 }
 
-void set_sizes(AttentionArgs* args, int64_t B, int64_t H, int64_t Nq, int64_t Nk, int64_t D, DType dtype, const char* op) {
+void set_sizes(AttentionArgs* args, int64_t B, int64_t H, int64_t Nq, int64_t Nk, int64_t D,
+               DType dtype, const char* op) {
   VK_CHECK(H >= 1 && Nq >= 1 && Nk >= 1, op, "expected at least one head, query and key");
   VK_CHECK(D >= 1 && D <= kMaxHeadDim, op, "head dim must be in [1, ", kMaxHeadDim, "], got ", D);
   args->B = B, args->H = H, args->Nq = Nq, args->Nk = Nk, args->D = D, args->dtype = dtype;
 }
 
 // bias, key_padding_mask, dropout and scale, for sizes that are set already.
-void set_options(AttentionArgs* args, const OptTensor& bias, const OptTensor& key_padding_mask, const OptTensor& seed,
-                 double scale, double dropout_p, const char* op) {
+void set_options(AttentionArgs* args, const OptTensor& bias, const OptTensor& key_padding_mask,
+                 const OptTensor& seed, double scale, double dropout_p, const char* op) {
   args->scale = static_cast<float>(scale);
   if (bias.has_value()) {
     VK_CHECK(bias->dim() == 4, op, "bias must have 4 dimensions, got ", bias->dim());
     const int64_t full[4] = {args->B, args->H, args->Nq, args->Nk};
     int64_t strides[4];
     for (int d = 0; d < 4; ++d) {
-      VK_CHECK(bias->size(d) == 1 || bias->size(d) == full[d], op, "bias dimension ", d, " must be 1 or ", full[d], ", got ",
-               bias->size(d));
+      VK_CHECK(bias->size(d) == 1 || bias->size(d) == full[d], op, "bias dimension ", d,
+               " must be 1 or ", full[d], ", got ", bias->size(d));
       strides[d] = bias->size(d) == 1 ? 0 : bias->stride(d);
     }
-    args->bias = {bias->const_data_ptr(), strides[0], strides[1], strides[2], strides[3], dtype_of(*bias, op, "bias")};
+    args->bias = {bias->const_data_ptr(),     strides[0], strides[1], strides[2], strides[3],
+                  dtype_of(*bias, op, "bias")};
   }
   if (key_padding_mask.has_value()) {
     check_like(*key_padding_mask, {args->B, args->Nk}, ScalarType::Bool, op, "key_padding_mask");
@@ -97,24 +107,29 @@ void set_options(AttentionArgs* args, const OptTensor& bias, const OptTensor& ke
              "seed must be one int64 when dropout_p > 0");
     args->dropout = true;
     args->seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-    args->threshold = static_cast<uint32_t>(std::min(4294967295.0, std::nearbyint(dropout_p * 4294967296.0)));
+    args->threshold =
+        static_cast<uint32_t>(std::min(4294967295.0, std::nearbyint(dropout_p * 4294967296.0)));
     args->keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
   }
 }
 
 void run_forward(const AttentionArgs& args) {
-  run_items(kernels().forward, args, args.B * args.H * kernels().query_blocks(args), kernels().forward_scratch(args));
+  run_items(kernels().forward, args, args.B * args.H * kernels().query_blocks(args),
+            kernels().forward_scratch(args));
 }
 
-// dbias of bias's shape and dtype; fills args' dbias fields and runs the backward. Without dbias a work item is one head;
-// with it, one slice of dbias or one of `chunks` fixed parts of the heads that a slice sums over.
-OptTensor run_backward(AttentionArgs* args, const Tensor& like, const OptTensor& bias, bool want_dbias, const char* op) {
+// dbias of bias's shape and dtype; fills args' dbias fields and runs the backward. Without dbias a
+// work item is one head; with it, one slice of dbias or one of `chunks` fixed parts of the heads
+// that a slice sums over.
+OptTensor run_backward(AttentionArgs* args, const Tensor& like, const OptTensor& bias,
+                       bool want_dbias, const char* op) {
   if (!want_dbias) {
     if (args->dq.data != nullptr || args->dk.data != nullptr || args->dv.data != nullptr)
       run_items(kernels().backward, *args, args->B * args->H, kernels().backward_scratch(*args));
     return std::nullopt;
   }
-  VK_CHECK(bias.has_value() && args->bias.dtype != DType::kBool, op, "output_mask asks for dbias without a float bias");
+  VK_CHECK(bias.has_value() && args->bias.dtype != DType::kBool, op,
+           "output_mask asks for dbias without a float bias");
   Tensor dbias = empty_like_shape(like, shape_of(*bias), bias->scalar_type());
   args->dbias = dbias.mutable_data_ptr();
   args->dbias_dtype = args->bias.dtype;
@@ -122,23 +137,28 @@ OptTensor run_backward(AttentionArgs* args, const Tensor& like, const OptTensor&
   args->dbias_columns = bias->size(3);
   args->sum_batch = bias->size(0) == 1;
   args->sum_head = bias->size(1) == 1;
-  const int64_t slices = bias->size(0) * bias->size(1), members = args->B * args->H / std::max<int64_t>(1, slices);
-  args->chunks = std::max<int64_t>(1, std::min(members, (kDbiasItems + slices - 1) / std::max<int64_t>(1, slices)));
+  const int64_t slices = bias->size(0) * bias->size(1),
+                members = args->B * args->H / std::max<int64_t>(1, slices);
+  args->chunks = std::max<int64_t>(
+      1, std::min(members, (kDbiasItems + slices - 1) / std::max<int64_t>(1, slices)));
   std::optional<Tensor> partials;
   if (args->chunks > 1) {
-    partials = empty_like_shape(like, {slices * args->chunks, args->dbias_rows, args->dbias_columns}, ScalarType::Float);
+    partials = empty_like_shape(
+        like, {slices * args->chunks, args->dbias_rows, args->dbias_columns}, ScalarType::Float);
     args->dbias_partial = static_cast<float*>(partials->mutable_data_ptr());
   }
   run_items(kernels().backward, *args, slices * args->chunks, kernels().backward_scratch(*args));
   if (args->chunks > 1) {
     const auto reduce = kernels().reduce_dbias;
-    torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) { reduce(*args, begin, end); });
+    torch::stable::parallel_for(0, slices, 1,
+                                [&](int64_t begin, int64_t end) { reduce(*args, begin, end); });
   }
   return dbias;
 }
 
-std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptTensor bias, OptTensor key_padding_mask,
-                                         OptTensor seed, double scale, double dropout_p) {
+std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptTensor bias,
+                                         OptTensor key_padding_mask, OptTensor seed, double scale,
+                                         double dropout_p) {
   const char* op = "attention_fwd";
   VK_CHECK(q.dim() == 4 && k.dim() == 4, op, "q, k and v must have 4 dimensions (B, N, H, D)");
   const int64_t B = q.size(0), Nq = q.size(1), H = q.size(2), D = q.size(3), Nk = k.size(1);
@@ -159,12 +179,13 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptTensor
   return {out, lse};
 }
 
-std::tuple<OptTensor, OptTensor, OptTensor, OptTensor> attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                                     Tensor lse, OptTensor bias, OptTensor key_padding_mask,
-                                                                     OptTensor seed, double scale, double dropout_p,
-                                                                     std::vector<bool> output_mask) {
+std::tuple<OptTensor, OptTensor, OptTensor, OptTensor> attention_bwd(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor bias,
+    OptTensor key_padding_mask, OptTensor seed, double scale, double dropout_p,
+    std::vector<bool> output_mask) {
   const char* op = "attention_bwd";
-  VK_CHECK(output_mask.size() == 4, op, "output_mask must have 4 entries, got ", output_mask.size());
+  VK_CHECK(output_mask.size() == 4, op, "output_mask must have 4 entries, got ",
+           output_mask.size());
   VK_CHECK(q.dim() == 4 && k.dim() == 4, op, "q, k and v must have 4 dimensions (B, N, H, D)");
   const int64_t B = q.size(0), Nq = q.size(1), H = q.size(2), D = q.size(3), Nk = k.size(1);
   const ScalarType dtype = q.scalar_type();
@@ -197,17 +218,21 @@ std::tuple<OptTensor, OptTensor, OptTensor, OptTensor> attention_bwd(Tensor dout
 }
 
 // Sizes and q, k, v of a packed tensor.
-void set_packed(AttentionArgs* args, const Tensor& qkv, int64_t num_heads, Tensor* owner, const char* op) {
+void set_packed(AttentionArgs* args, const Tensor& qkv, int64_t num_heads, Tensor* owner,
+                const char* op) {
   VK_CHECK(qkv.dim() == 3, op, "qkv must have 3 dimensions (B, N, 3 * H * D)");
-  VK_CHECK(num_heads >= 1 && qkv.size(2) % (3 * num_heads) == 0, op, "qkv's last dimension must be a multiple of 3 * num_heads");
+  VK_CHECK(num_heads >= 1 && qkv.size(2) % (3 * num_heads) == 0, op,
+           "qkv's last dimension must be a multiple of 3 * num_heads");
   const int64_t N = qkv.size(1), D = qkv.size(2) / (3 * num_heads);
   set_sizes(args, qkv.size(0), num_heads, N, N, D, dtype_of(qkv, op, "qkv"), op);
   HeadView* const views[3] = {&args->q, &args->k, &args->v};
-  for (int i = 0; i < 3; ++i) *views[i] = packed_heads(i == 0 ? qkv : *owner, i, num_heads, D, owner);
+  for (int i = 0; i < 3; ++i)
+    *views[i] = packed_heads(i == 0 ? qkv : *owner, i, num_heads, D, owner);
 }
 
-std::tuple<Tensor, Tensor> attention_qkvpacked_fwd(Tensor qkv, int64_t num_heads, OptTensor bias, OptTensor key_padding_mask,
-                                                   OptTensor seed, double scale, double dropout_p) {
+std::tuple<Tensor, Tensor> attention_qkvpacked_fwd(Tensor qkv, int64_t num_heads, OptTensor bias,
+                                                   OptTensor key_padding_mask, OptTensor seed,
+                                                   double scale, double dropout_p) {
   const char* op = "attention_qkvpacked_fwd";
   AttentionArgs args{};
   Tensor owner;
@@ -222,11 +247,14 @@ std::tuple<Tensor, Tensor> attention_qkvpacked_fwd(Tensor qkv, int64_t num_heads
   return {out, lse};
 }
 
-std::tuple<OptTensor, OptTensor> attention_qkvpacked_bwd(Tensor dout, Tensor qkv, int64_t num_heads, Tensor out, Tensor lse,
-                                                         OptTensor bias, OptTensor key_padding_mask, OptTensor seed,
-                                                         double scale, double dropout_p, std::vector<bool> output_mask) {
+std::tuple<OptTensor, OptTensor> attention_qkvpacked_bwd(Tensor dout, Tensor qkv, int64_t num_heads,
+                                                         Tensor out, Tensor lse, OptTensor bias,
+                                                         OptTensor key_padding_mask, OptTensor seed,
+                                                         double scale, double dropout_p,
+                                                         std::vector<bool> output_mask) {
   const char* op = "attention_qkvpacked_bwd";
-  VK_CHECK(output_mask.size() == 2, op, "output_mask must have 2 entries, got ", output_mask.size());
+  VK_CHECK(output_mask.size() == 2, op, "output_mask must have 2 entries, got ",
+           output_mask.size());
   AttentionArgs args{};
   Tensor owners[3];
   set_packed(&args, qkv, num_heads, &owners[0], op);

@@ -1,4 +1,5 @@
-// Arguments and entry points that the launcher (attention_cpu.cpp) shares with the kernels of every instruction set.
+// Arguments and entry points that the launcher (attention_cpu.cpp) shares with the kernels of every
+// instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,8 @@
 
 namespace vitkernels {
 
-// One (B, N, H, D) tensor with unit stride along D; strides in elements. data is null for an output nobody wants.
+// One (B, N, H, D) tensor with unit stride along D; strides in elements. data is null for an output
+// nobody wants.
 struct HeadView {
   void* data;
   int64_t batch, row, head;
@@ -37,8 +39,9 @@ struct AttentionArgs {
 
   // Backward only.
   HeadView dout, dq, dk, dv;
-  // dbias as one slice per (bias batch, bias head) of dbias_rows x dbias_columns. `chunks` work items share a slice; item
-  // slice * chunks + chunk sums its heads into dbias_partial[item]. dbias is null when it is not wanted.
+  // dbias as one slice per (bias batch, bias head) of dbias_rows x dbias_columns. `chunks` work
+  // items share a slice; item slice * chunks + chunk sums its heads into dbias_partial[item]. dbias
+  // is null when it is not wanted.
   void* dbias;
   float* dbias_partial;
   DType dbias_dtype;
@@ -47,7 +50,8 @@ struct AttentionArgs {
 };
 
 struct AttentionTable {
-  // Forward work items are query blocks: B * H * query_blocks of them. Any split over threads gives the same bits.
+  // Forward work items are query blocks: B * H * query_blocks of them. Any split over threads gives
+  // the same bits.
   int64_t (*query_blocks)(const AttentionArgs&);
   int64_t (*forward_scratch)(const AttentionArgs&);  // bytes per thread
   void (*forward)(const AttentionArgs&, int64_t begin, int64_t end, void* scratch);

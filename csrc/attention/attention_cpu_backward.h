@@ -1,10 +1,11 @@
-// Backward of CPU attention. A work item is one head (or the heads that add to one slice of dbias); inside it, blocks of keys
-// (outer) and blocks of queries (inner):
-//   S = Q K^T, P = 2^(log2 e (scale S + bias - lse)), dP = dO V^T, dS = P (dP - delta), delta = rowsum(dO O)
-//   dV += P^T dO, dK += dS^T Q, dQ += dS K, in fp32; each gradient is rounded once.
-// P^T and dS^T are never transposed: their products broadcast A down its columns. With bf16 pairs two query rows are stored
-// interleaved, [query pair][key][2], which is what those products read. Up to 288 keys are one block of keys; its rows are
-// whole, so P is normalised by its own sum and delta is rowsum(P dP): better than the rounded lse and out.
+// Backward of CPU attention. A work item is one head (or the heads that add to one slice of dbias);
+// inside it, blocks of keys (outer) and blocks of queries (inner):
+//   S = Q K^T, P = 2^(log2 e (scale S + bias - lse)), dP = dO V^T, dS = P (dP - delta), delta =
+//   rowsum(dO O) dV += P^T dO, dK += dS^T Q, dQ += dS K, in fp32; each gradient is rounded once.
+// P^T and dS^T are never transposed: their products broadcast A down its columns. With bf16 pairs
+// two query rows are stored interleaved, [query pair][key][2], which is what those products read.
+// Up to 288 keys are one block of keys; its rows are whole, so P is normalised by its own sum and
+// delta is rowsum(P dP): better than the rounded lse and out.
 #pragma once
 
 #include "attention/attention_cpu_rows.h"
@@ -23,13 +24,15 @@ inline int64_t query_block(const AttentionArgs& a) {
 }
 
 // Keys per block: even blocks of whole vectors, the last one with the rest.
-inline int64_t key_block(const AttentionArgs& a) { return round_up(ceil_div(a.Nk, key_blocks(a)), 16); }
+inline int64_t key_block(const AttentionArgs& a) {
+  return round_up(ceil_div(a.Nk, key_blocks(a)), 16);
+}
 
 template <class Unit>
 struct BackwardScratch {
-  Unit *keys_t, *values_t, *keys, *queries, *douts;    // packed B operands
-  Unit *query_rows, *dout_rows;                        // A operands that need widening
-  Unit *p_columns, *ds_columns, *ds_rows;              // A operands made here
+  Unit *keys_t, *values_t, *keys, *queries, *douts;     // packed B operands
+  Unit *query_rows, *dout_rows;                         // A operands that need widening
+  Unit *p_columns, *ds_columns, *ds_rows;               // A operands made here
   float *scores, *dprobs, *dkeys, *dvalues, *dqueries;  // fp32
   float *delta, *lse, *factors, *terms, *dbias;
   float *partial_sums, *partial_dots, *inverse, *row_delta;  // per row of a block
@@ -84,7 +87,8 @@ struct BackwardScratch {
 
 VK_INLINE Vec zero_where_zero(Vec test, Vec x) {
 #if defined(__AVX512F__)
-  const __mmask16 keep = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(test), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  const __mmask16 keep =
+      _mm512_cmp_ps_mask(reinterpret_cast<__m512>(test), _mm512_setzero_ps(), _CMP_NEQ_UQ);
   return reinterpret_cast<Vec>(_mm512_maskz_mov_ps(keep, reinterpret_cast<__m512>(x)));
 #else
   return as_float(as_int(x) & (test != Vec{}));
@@ -101,7 +105,9 @@ struct GradRow {
     p = unscaled * splat(inverse);
     Vec dp = load(dprobs + j);
     if (factors != nullptr) dp = dp * load(factors + j);
-    ds = zero_where_zero(unscaled, p * (dp - splat(delta)));  // a masked key has no gradient even if dP is not finite
+    ds = zero_where_zero(
+        unscaled,
+        p * (dp - splat(delta)));  // a masked key has no gradient even if dP is not finite
     if (factors != nullptr) p = p * load(factors + j);
   }
 };
@@ -126,12 +132,14 @@ inline void grad_row(const GradRow& row, int64_t n, float* p_out, float* ds_out)
 }
 
 #if defined(__AVX512BF16__)
-// Two query rows to bf16: [key][2] interleaved for the products over queries, and dS row by row for the product over keys.
+// Two query rows to bf16: [key][2] interleaved for the products over queries, and dS row by row for
+// the product over keys.
 template <class Row>
-void round_row_pair(const Row& even, const Row& odd, bool has_odd, int64_t n, Bf16Pair* p_columns, Bf16Pair* ds_columns,
-                    Bf16Pair* ds_even, Bf16Pair* ds_odd) {
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                              5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+void round_row_pair(const Row& even, const Row& odd, bool has_odd, int64_t n, Bf16Pair* p_columns,
+                    Bf16Pair* ds_columns, Bf16Pair* ds_even, Bf16Pair* ds_odd) {
+  const __m512i interleave =
+      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                       21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   for (int64_t j = 0; j < n; j += kVec) {
     Vec p0, p1 = {}, ds0, ds1 = {};
     even.at(j, p0, ds0);
@@ -140,20 +148,26 @@ void round_row_pair(const Row& even, const Row& odd, bool has_odd, int64_t n, Bf
     _mm512_storeu_si512(p_columns + j, _mm512_permutexvar_epi16(interleave, p));
     _mm512_storeu_si512(ds_columns + j, _mm512_permutexvar_epi16(interleave, ds));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds_even + j / 2), _mm512_castsi512_si256(ds));
-    if (has_odd) _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds_odd + j / 2), _mm512_extracti64x4_epi64(ds, 1));
+    if (has_odd)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds_odd + j / 2),
+                          _mm512_extracti64x4_epi64(ds, 1));
   }
 }
 #endif
 
-// Adds one row of dS (keys [j0, j0 + n)) to its place in a slice of dbias, summing the dimensions the bias lacks.
-inline void add_dbias_row(const AttentionArgs& a, const float* ds, int64_t i, int64_t j0, int64_t n, float* slice) {
+// Adds one row of dS (keys [j0, j0 + n)) to its place in a slice of dbias, summing the dimensions
+// the bias lacks.
+inline void add_dbias_row(const AttentionArgs& a, const float* ds, int64_t i, int64_t j0, int64_t n,
+                          float* slice) {
   float* out = slice + (a.dbias_rows == 1 ? 0 : i) * a.dbias_columns;
   if (a.dbias_columns == 1) {
     Vec sum = {};
     for_each_vec(n, [&](int64_t j, int m) { sum = sum + load_or(ds + j, m); });
     out[0] += lane_sum(sum);
   } else {
-    for_each_vec(n, [&](int64_t j, int m) { store_or(out + j0 + j, load_or(out + j0 + j, m) + load_or(ds + j, m), m); });
+    for_each_vec(n, [&](int64_t j, int m) {
+      store_or(out + j0 + j, load_or(out + j0 + j, m) + load_or(ds + j, m), m);
+    });
   }
 }
 
@@ -164,7 +178,8 @@ float row_dot(const T* x, const T* y, int64_t D) {
   return lane_sum(sum);
 }
 
-// rowsum(dout * out), which is rowsum(P dP): an infinity in dout alone makes dP infinite with both signs, hence a NaN.
+// rowsum(dout * out), which is rowsum(P dP): an infinity in dout alone makes dP infinite with both
+// signs, hence a NaN.
 template <class T>
 float row_delta(const T* dout, const T* out, int64_t D) {
   const float delta = row_dot(dout, out, D);
@@ -186,8 +201,10 @@ struct HeadBackward {
 
   void run(int64_t head_index) {
     b = head_index / a.H, h = head_index % a.H;
-    const int64_t K = units_of<Unit>(a.D), NQ = units_of<Unit>(a.Nq), n_block = key_block(a), block = query_block(a);
-    const T *q = head_of<const T>(a.q, b, h), *k = head_of<const T>(a.k, b, h), *v = head_of<const T>(a.v, b, h);
+    const int64_t K = units_of<Unit>(a.D), NQ = units_of<Unit>(a.Nq), n_block = key_block(a),
+                  block = query_block(a);
+    const T *q = head_of<const T>(a.q, b, h), *k = head_of<const T>(a.k, b, h),
+            *v = head_of<const T>(a.v, b, h);
     const T *dout = head_of<const T>(a.dout, b, h), *out = head_of<const T>(a.out, b, h);
     if (a.dk.data != nullptr) pack_rows<Unit>(q, a.q.row, a.Nq, a.D, s.queries);
     if (a.dv.data != nullptr) pack_rows<Unit>(dout, a.dout.row, a.Nq, a.D, s.douts);
@@ -204,16 +221,22 @@ struct HeadBackward {
       terms.begin(b, h, j0, n);
       for (int64_t i0 = 0; i0 < a.Nq; i0 += block) {
         const int64_t rows = a.Nq - i0 < block ? a.Nq - i0 : block;
-        const RowUnits<Unit> qr = row_units<Unit>(q + i0 * a.q.row, a.q.row, rows, a.D, s.query_rows);
-        const RowUnits<Unit> dr = row_units<Unit>(dout + i0 * a.dout.row, a.dout.row, rows, a.D, s.dout_rows);
-        gemm<ALayout::kRowMajor>(rows, n, K, qr.data, qr.stride, s.keys_t, K, 0, s.scores, s.score_stride, false);
-        gemm<ALayout::kRowMajor>(rows, n, K, dr.data, dr.stride, s.values_t, K, 0, s.dprobs, s.score_stride, false);
+        const RowUnits<Unit> qr =
+            row_units<Unit>(q + i0 * a.q.row, a.q.row, rows, a.D, s.query_rows);
+        const RowUnits<Unit> dr =
+            row_units<Unit>(dout + i0 * a.dout.row, a.dout.row, rows, a.D, s.dout_rows);
+        gemm<ALayout::kRowMajor>(rows, n, K, qr.data, qr.stride, s.keys_t, K, 0, s.scores,
+                                 s.score_stride, false);
+        gemm<ALayout::kRowMajor>(rows, n, K, dr.data, dr.stride, s.values_t, K, 0, s.dprobs,
+                                 s.score_stride, false);
         score_gradients(i0, rows, j0, n);
         const int64_t R = units_of<Unit>(rows), i_unit = i0 / kElements<Unit>;
         if (a.dv.data != nullptr)
-          gemm<ALayout::kColMajor>(n, a.D, R, s.p_columns, s.score_stride, s.douts, NQ, i_unit, s.dvalues, s.d_stride, i0 > 0);
+          gemm<ALayout::kColMajor>(n, a.D, R, s.p_columns, s.score_stride, s.douts, NQ, i_unit,
+                                   s.dvalues, s.d_stride, i0 > 0);
         if (a.dk.data != nullptr)
-          gemm<ALayout::kColMajor>(n, a.D, R, s.ds_columns, s.score_stride, s.queries, NQ, i_unit, s.dkeys, s.d_stride, i0 > 0);
+          gemm<ALayout::kColMajor>(n, a.D, R, s.ds_columns, s.score_stride, s.queries, NQ, i_unit,
+                                   s.dkeys, s.d_stride, i0 > 0);
         if (a.dq.data != nullptr) query_gradients(i0, rows, j0, n);
       }
       store_rows(a.dv, j0, n, s.dvalues, 1.0f);
@@ -221,7 +244,8 @@ struct HeadBackward {
     }
   }
 
-  // P and dS of a block, from scores and dP, in the form the products read. Whole rows are normalised by their own sums.
+  // P and dS of a block, from scores and dP, in the form the products read. Whole rows are
+  // normalised by their own sums.
   void score_gradients(int64_t i0, int64_t rows, int64_t j0, int64_t n) {
     const bool whole = n == a.Nk;
     for (int64_t r = 0; r < rows; ++r) probabilities(i0 + r, r, j0, n, whole);
@@ -231,7 +255,8 @@ struct HeadBackward {
       reduce_lanes(s.partial_dots, rows, s.row_delta, add);
       for (int64_t r = 0; r < rows; r += kVec) {
         const Vec sum = load(s.inverse + r), lse = load(s.lse + i0 + r), one = splat(1.0f);
-        const Vec inverse = select(sum == Vec{}, sum, select(lse == splat(kInf), one, one / sum));  // 0: a masked row
+        const Vec inverse = select(sum == Vec{}, sum,
+                                   select(lse == splat(kInf), one, one / sum));  // 0: a masked row
         store(s.inverse + r, inverse);
         store(s.row_delta + r, load(s.row_delta + r) * inverse);
       }
@@ -239,7 +264,8 @@ struct HeadBackward {
     for (int64_t r = 0; r < rows; ++r) gradients(i0, r, rows, j0, n);
   }
 
-  // Scores of row r become P (when whole, not yet normalised, with the lane-wise sums of P and P dP).
+  // Scores of row r become P (when whole, not yet normalised, with the lane-wise sums of P and P
+  // dP).
   void probabilities(int64_t i, int64_t r, int64_t j0, int64_t n, bool whole) {
     float *scores = s.scores + r * s.score_stride, *dprobs = s.dprobs + r * s.score_stride;
     const int64_t columns = round_up(n, kVec);
@@ -251,10 +277,13 @@ struct HeadBackward {
     }
     fill_tail(scores, n, -kInf);
     const float* factors = a.dropout ? s.factors + r * s.score_stride : nullptr;
-    if (a.dropout) dropout_row(a, b * a.H + h, i, j0, n, a.keep_scale, s.factors + r * s.score_stride);
-    // lse in log2 units, in two floats because it shifts every exponent of the row. Masked rows have scores of -inf only;
-    // rows with a NaN become NaN by their inverse, which leaves masked keys recognisable as 0.
-    const double shift = lse - lse == 0.0f ? static_cast<double>(lse) * kLog2e : 0.0;  // 0: lse is not finite
+    if (a.dropout)
+      dropout_row(a, b * a.H + h, i, j0, n, a.keep_scale, s.factors + r * s.score_stride);
+    // lse in log2 units, in two floats because it shifts every exponent of the row. Masked rows
+    // have scores of -inf only; rows with a NaN become NaN by their inverse, which leaves masked
+    // keys recognisable as 0.
+    const double shift =
+        lse - lse == 0.0f ? static_cast<double>(lse) * kLog2e : 0.0;  // 0: lse is not finite
     const float high = static_cast<float>(shift), low = static_cast<float>(shift - high);
     const Vec scale = splat(static_cast<float>(apply_terms ? kLog2e : a.scale * kLog2e));
     if (lse == kInf) settle_infinite(scores, columns, scale);
@@ -278,10 +307,11 @@ struct HeadBackward {
     store(s.partial_dots + r * kVec, dot);
   }
 
-  // The row of an lse of +inf: +inf becomes NaN (inf - inf), -inf stays masked, and finite scores get the least P that is
-  // not 0, because their dS is 0 * NaN and not that of a masked key.
+  // The row of an lse of +inf: +inf becomes NaN (inf - inf), -inf stays masked, and finite scores
+  // get the least P that is not 0, because their dS is 0 * NaN and not that of a masked key.
   static void settle_infinite(float* scores, int64_t columns, Vec scale) {
-    const Vec nan = splat(__builtin_nanf("")), masked = splat(-kInf), least = splat(-125.0f) / scale;
+    const Vec nan = splat(__builtin_nanf("")), masked = splat(-kInf),
+              least = splat(-125.0f) / scale;
     for (int64_t j = 0; j < columns; j += kVec) {
       const Vec x = load(scores + j);
       store(scores + j, select(x == masked, masked, select(x < splat(kInf), least, nan)));
@@ -303,14 +333,17 @@ struct HeadBackward {
       const bool odd = r % 2 == 1;
       if (!odd && r + 1 < rows) return;  // wait for the second row of the pair
       const int64_t even = odd ? r - 1 : r;
-      Bf16Pair *p = s.p_columns + even / 2 * s.score_stride, *ds = s.ds_columns + even / 2 * s.score_stride;
+      Bf16Pair *p = s.p_columns + even / 2 * s.score_stride,
+               *ds = s.ds_columns + even / 2 * s.score_stride;
       Bf16Pair *ds_even = s.ds_rows + even * s.ds_stride, *ds_odd = ds_even + s.ds_stride;
       if (dbias == nullptr) {
         round_row_pair(row(even), row(r), odd, columns, p, ds, ds_even, ds_odd);
       } else {
-        const float *probs = s.scores + even * s.score_stride, *dscores = s.dprobs + even * s.score_stride;
-        round_row_pair(StoredRow{probs, dscores}, StoredRow{probs + s.score_stride, dscores + s.score_stride}, odd, columns,
-                       p, ds, ds_even, ds_odd);
+        const float *probs = s.scores + even * s.score_stride,
+                    *dscores = s.dprobs + even * s.score_stride;
+        round_row_pair(StoredRow{probs, dscores},
+                       StoredRow{probs + s.score_stride, dscores + s.score_stride}, odd, columns, p,
+                       ds, ds_even, ds_odd);
       }
     }
 #endif
@@ -321,7 +354,8 @@ struct HeadBackward {
     const bool whole = key_blocks(a) == 1;
     float* dq = s.dqueries + (whole ? 0 : i0 * s.d_stride);
     const int64_t N = units_of<Unit>(n);
-    gemm<ALayout::kRowMajor>(rows, a.D, N, s.ds_rows, kElements<Unit> == 2 ? s.ds_stride : s.score_stride, s.keys, N, 0, dq,
+    gemm<ALayout::kRowMajor>(rows, a.D, N, s.ds_rows,
+                             kElements<Unit> == 2 ? s.ds_stride : s.score_stride, s.keys, N, 0, dq,
                              s.d_stride, j0 > 0);
     if (j0 + n == a.Nk) store_rows(a.dq, i0, rows, dq, a.scale);
   }
@@ -329,18 +363,21 @@ struct HeadBackward {
   void store_rows(const HeadView& view, int64_t first, int64_t rows, const float* x, float factor) {
     if (view.data == nullptr) return;
     T* out = head_of<T>(view, b, h) + first * view.row;
-    for (int64_t r = 0; r < rows; ++r) store_row(out + r * view.row, x + r * s.d_stride, a.D, factor);
+    for (int64_t r = 0; r < rows; ++r)
+      store_row(out + r * view.row, x + r * s.d_stride, a.D, factor);
   }
 };
 
 // dbias = the sum of `chunks` fp32 slices that lie one after the other, in order.
-inline void store_dbias(const AttentionArgs& a, int64_t slice, const float* partials, int64_t chunks) {
+inline void store_dbias(const AttentionArgs& a, int64_t slice, const float* partials,
+                        int64_t chunks) {
   const int64_t size = a.dbias_rows * a.dbias_columns;
   VK_SWITCH_FLOAT(a.dbias_dtype, {
     scalar_t* out = static_cast<scalar_t*>(a.dbias) + slice * size;
     for_each_vec(size, [&](int64_t c, int n) {
       Vec sum = load_or(partials + c, n);
-      for (int64_t chunk = 1; chunk < chunks; ++chunk) sum = sum + load_or(partials + chunk * size + c, n);
+      for (int64_t chunk = 1; chunk < chunks; ++chunk)
+        sum = sum + load_or(partials + chunk * size + c, n);
       store_or(out + c, sum, n);
     });
   });

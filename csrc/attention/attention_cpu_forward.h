@@ -1,7 +1,9 @@
 // Forward of CPU attention. A work item is a block of queries of one head, against all keys:
-//   S = Q K^T (fp32 rows in L1/L2) -> P = 2^((s - max) scale log2 e) in one pass -> O = P V, rows divided by their sum.
-// K^T and V of a head are packed once per thread and head; consecutive items of a head reuse them. Every row is computed by
-// the same operations in the same order whatever its block or thread, so bits depend on neither.
+//   S = Q K^T (fp32 rows in L1/L2) -> P = 2^((s - max) scale log2 e) in one pass -> O = P V, rows
+//   divided by their sum.
+// K^T and V of a head are packed once per thread and head; consecutive items of a head reuse them.
+// Every row is computed by the same operations in the same order whatever its block or thread, so
+// bits depend on neither.
 #pragma once
 
 #include "attention/attention_cpu_rows.h"
@@ -73,10 +75,12 @@ VK_INLINE Vec row_max(const float* scores, int64_t vecs) {
   return max_of_numbers(max_of_numbers(high[0], high[1]), max_of_numbers(high[2], high[3]));
 }
 
-// p = 2^(s * scale - shift) over a row of whole vectors, times the dropout factors where there are some; P is rounded to
-// bf16 when units are pairs. Returns the lane-wise sum before dropout and rounding.
+// p = 2^(s * scale - shift) over a row of whole vectors, times the dropout factors where there are
+// some; P is rounded to bf16 when units are pairs. Returns the lane-wise sum before dropout and
+// rounding.
 template <class Unit>
-VK_INLINE Vec row_probabilities(const float* scores, int64_t vecs, float scale, float shift, const float* factors, Unit* out) {
+VK_INLINE Vec row_probabilities(const float* scores, int64_t vecs, float scale, float shift,
+                                const float* factors, Unit* out) {
   const Vec factor = splat(scale), minus_shift = splat(-shift);
   Vec sum[2] = {Vec{}, Vec{}};
   const auto probability = [&](int64_t v, Vec& total) {
@@ -93,9 +97,10 @@ VK_INLINE Vec row_probabilities(const float* scores, int64_t vecs, float scale, 
   return sum[0] + sum[1];
 }
 
-// From sums and shifts (log2 units) of rows to what they are wanted for, in place: sums become the factor kept / sum that
-// normalises a row, 0 for a masked row; shifts become log sum exp. As in torch.logsumexp a row with +inf gives +inf, although
-// its sum is NaN (inf - inf), and a masked row gives -inf.
+// From sums and shifts (log2 units) of rows to what they are wanted for, in place: sums become the
+// factor kept / sum that normalises a row, 0 for a masked row; shifts become log sum exp. As in
+// torch.logsumexp a row with +inf gives +inf, although its sum is NaN (inf - inf), and a masked row
+// gives -inf.
 inline void finish_sums(float* sums, float* shifts, int64_t rows, float kept) {
   for (int64_t r = 0; r < rows; r += kVec) {
     const Vec sum = load(sums + r), shift = load(shifts + r);
@@ -112,7 +117,8 @@ void forward_items(const AttentionArgs& a, int64_t begin, int64_t end, void* mem
   using Unit = typename UnitOf<T>::type;
   const ForwardScratch<Unit> s(a, memory);
   ScoreTerms terms(a, s.terms, a.Nk);
-  const int64_t blocks = forward_blocks(a), vecs = vecs_of(a.Nk), K = units_of<Unit>(a.D), N = units_of<Unit>(a.Nk);
+  const int64_t blocks = forward_blocks(a), vecs = vecs_of(a.Nk), K = units_of<Unit>(a.D),
+                N = units_of<Unit>(a.Nk);
   int64_t packed_head = -1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t head = item / blocks, block = item % blocks, b = head / a.H, h = head % a.H;
@@ -123,8 +129,10 @@ void forward_items(const AttentionArgs& a, int64_t begin, int64_t end, void* mem
       packed_head = head;
     }
     const int64_t i0 = block * a.Nq / blocks, rows = (block + 1) * a.Nq / blocks - i0;
-    const RowUnits<Unit> q = row_units<Unit>(head_of<const T>(a.q, b, h) + i0 * a.q.row, a.q.row, rows, a.D, s.queries);
-    gemm<ALayout::kRowMajor>(rows, a.Nk, K, q.data, q.stride, s.keys, K, 0, s.scores, s.score_stride, false);
+    const RowUnits<Unit> q =
+        row_units<Unit>(head_of<const T>(a.q, b, h) + i0 * a.q.row, a.q.row, rows, a.D, s.queries);
+    gemm<ALayout::kRowMajor>(rows, a.Nk, K, q.data, q.stride, s.keys, K, 0, s.scores,
+                             s.score_stride, false);
 
     const bool apply_terms = terms.active();
     const float scale = static_cast<float>(apply_terms ? kLog2e : a.scale * kLog2e);
@@ -139,20 +147,23 @@ void forward_items(const AttentionArgs& a, int64_t begin, int64_t end, void* mem
     }
     reduce_lanes(s.partials, rows, s.shifts, max_of_numbers);
     for (int64_t r = 0; r < rows; ++r) {
-      // A row of -inf is a masked row (sum 0), unless a NaN hides in it (sum NaN): either way its shift is 0.
+      // A row of -inf is a masked row (sum 0), unless a NaN hides in it (sum NaN): either way its
+      // shift is 0.
       s.shifts[r] = s.shifts[r] == -kInf ? 0.0f : s.shifts[r] * scale;
       if (a.dropout) dropout_row(a, head, i0 + r, 0, a.Nk, 1.0f, s.factors);
       const Vec sum = row_probabilities(s.scores + r * s.score_stride, vecs, scale, s.shifts[r],
-                                        a.dropout ? s.factors : nullptr, s.probabilities + r * s.probability_stride);
+                                        a.dropout ? s.factors : nullptr,
+                                        s.probabilities + r * s.probability_stride);
       store(s.partials + r * kVec, sum);
     }
     reduce_lanes(s.partials, rows, s.sums, [](Vec x, Vec y) { return x + y; });
     finish_sums(s.sums, s.shifts, rows, a.dropout ? a.keep_scale : 1.0f);
     std::memcpy(a.lse + head * a.Nq + i0, s.shifts, static_cast<size_t>(rows) * sizeof(float));
-    gemm<ALayout::kRowMajor>(rows, a.D, N, s.probabilities, s.probability_stride, s.values, N, 0, s.output, s.output_stride,
-                             false);
+    gemm<ALayout::kRowMajor>(rows, a.D, N, s.probabilities, s.probability_stride, s.values, N, 0,
+                             s.output, s.output_stride, false);
     T* out = head_of<T>(a.out, b, h) + i0 * a.out.row;
-    for (int64_t r = 0; r < rows; ++r) store_row(out + r * a.out.row, s.output + r * s.output_stride, a.D, s.sums[r]);
+    for (int64_t r = 0; r < rows; ++r)
+      store_row(out + r * a.out.row, s.output + r * s.output_stride, a.D, s.sums[r]);
   }
 }
 

@@ -1,4 +1,5 @@
-// CPU attention kernels of one instruction set (VK_ISA); attention_cpu.cpp calls them through the table at the end.
+// CPU attention kernels of one instruction set (VK_ISA); attention_cpu.cpp calls them through the
+// table at the end.
 #include "attention/attention_cpu_backward.h"
 #include "attention/attention_cpu_forward.h"
 
@@ -29,8 +30,9 @@ void reduce_dbias(const AttentionArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 const AttentionTable& VK_ISA_TABLE(attention)() {
-  static constexpr AttentionTable table = {forward_blocks, scratch_bytes<ForwardScratch>, forward,
-                                           scratch_bytes<BackwardScratch>, backward, reduce_dbias};
+  static constexpr AttentionTable table = {forward_blocks, scratch_bytes<ForwardScratch>,
+                                           forward,        scratch_bytes<BackwardScratch>,
+                                           backward,       reduce_dbias};
   return table;
 }
 

@@ -1,4 +1,5 @@
-// What the forward and the backward of CPU attention share: exp2, the scores' additive terms and masks, row helpers.
+// What the forward and the backward of CPU attention share: exp2, the scores' additive terms and
+// masks, row helpers.
 #pragma once
 
 #include "attention/attention_cpu.h"
@@ -19,7 +20,8 @@ VK_INLINE Vec exp2(Vec x) {
   const __m512 value = reinterpret_cast<__m512>(x);
   const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(value, 1));  // x - floor(x)
 #else
-  const Vec low = splat(-127.0f), high = splat(127.5f), magic = splat(12582912.0f);  // 1.5 * 2^23 rounds to nearest
+  const Vec low = splat(-127.0f), high = splat(127.5f),
+            magic = splat(12582912.0f);  // 1.5 * 2^23 rounds to nearest
   const Vec clamped = select(x < low, low, select(x > high, high, x));
   const Vec shifted = (clamped - splat(0.5f)) + magic;
   const Vec r = clamped - (shifted - magic);
@@ -43,9 +45,11 @@ VK_INLINE Vec exp2(Vec x) {
 // The larger of two; a NaN may get lost (the softmax finds it again in the sum).
 VK_INLINE Vec max_of_numbers(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+  return reinterpret_cast<Vec>(
+      _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
 #elif defined(__AVX2__)
-  return reinterpret_cast<Vec>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+  return reinterpret_cast<Vec>(
+      _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 #else
   return select(a > b, a, b);
 #endif
@@ -80,8 +84,9 @@ VK_INLINE Vec log(Vec x) {
   return fma(e, splat(0.693359375f), r + p);
 }
 
-// Horizontal reductions of many rows at once: partials[r] is a vector per row, out[r] its reduction. Both hold whole
-// groups of kVec rows; transposing a group costs less than a shuffle tree per row and does not wait for one.
+// Horizontal reductions of many rows at once: partials[r] is a vector per row, out[r] its
+// reduction. Both hold whole groups of kVec rows; transposing a group costs less than a shuffle
+// tree per row and does not wait for one.
 template <class Combine>
 VK_INLINE void reduce_lanes(const float* partials, int64_t rows, float* out, Combine combine) {
   for (int64_t r = 0; r < rows; r += kVec) {
@@ -132,8 +137,9 @@ VK_INLINE void store_row(T* out, const float* x, int64_t D, float factor) {
   for_each_vec(D, [&](int64_t d, int n) { store_or(out + d, load(x + d) * f, n); });
 }
 
-// Bias, masks and scale of the scores of one head, for the keys [j0, j0 + n): rows of fp32 terms to add and of lanes to
-// keep, made once per head when the bias is the same for all queries, else once per query.
+// Bias, masks and scale of the scores of one head, for the keys [j0, j0 + n): rows of fp32 terms to
+// add and of lanes to keep, made once per head when the bias is the same for all queries, else once
+// per query.
 struct ScoreTerms {
   const AttentionArgs& args;
   float* add;        // n floats, whole vectors
@@ -151,7 +157,8 @@ struct ScoreTerms {
         keep(reinterpret_cast<int32_t*>(scratch + round_up(keys, kVec))),
         padding(reinterpret_cast<int32_t*>(scratch + 2 * round_up(keys, kVec))) {}
 
-  // Scores need a pass of their own: something is added or masked, or the scale does not commute with the maximum.
+  // Scores need a pass of their own: something is added or masked, or the scale does not commute
+  // with the maximum.
   bool active() const { return has_add || has_keep || !(args.scale > 0.0f && args.scale < kInf); }
 
   void begin(int64_t b, int64_t h, int64_t first, int64_t count) {
@@ -164,7 +171,8 @@ struct ScoreTerms {
       for (int64_t j = 0; j < n; ++j) keep[j] = padding[j] = row[j * args.padding_column] ? 0 : -1;
     }
     if (has_bias) {
-      bias = static_cast<const char*>(args.bias.data) + (b * args.bias.batch + h * args.bias.head) * size_of(args.bias.dtype);
+      bias = static_cast<const char*>(args.bias.data) +
+             (b * args.bias.batch + h * args.bias.head) * size_of(args.bias.dtype);
       if (args.bias.row == 0) read_bias(0);
     }
   }
@@ -182,7 +190,8 @@ struct ScoreTerms {
       if (args.padding != nullptr)
         for (int64_t j = 0; j < n; ++j) keep[j] &= padding[j];
     } else {
-      VK_SWITCH_FLOAT(args.bias.dtype, widen_row(reinterpret_cast<const scalar_t*>(row), step, n, add));
+      VK_SWITCH_FLOAT(args.bias.dtype,
+                      widen_row(reinterpret_cast<const scalar_t*>(row), step, n, add));
     }
   }
 
@@ -198,14 +207,18 @@ struct ScoreTerms {
   }
 };
 
-// Sets the lanes from n to the end of n's last vector, by whole vectors: a vector load after scalar stores would stall.
+// Sets the lanes from n to the end of n's last vector, by whole vectors: a vector load after scalar
+// stores would stall.
 VK_INLINE void fill_tail(float* row, int64_t n, float value) {
   const int64_t last = n / kVec * kVec;
-  if (last < n) store(row + last, select(lane_index() < static_cast<int32_t>(n - last), load(row + last), splat(value)));
+  if (last < n)
+    store(row + last,
+          select(lane_index() < static_cast<int32_t>(n - last), load(row + last), splat(value)));
 }
 
 // factors[j] = kept where dropout keeps the probability of key j0 + j, 0 where it drops it.
-VK_INLINE void dropout_row(const AttentionArgs& a, int64_t head, int64_t i, int64_t j0, int64_t n, float kept, float* factors) {
+VK_INLINE void dropout_row(const AttentionArgs& a, int64_t head, int64_t i, int64_t j0, int64_t n,
+                           float kept, float* factors) {
   const Dropout dropout{a.seed, a.threshold, kept, true};
   dropout_factors(dropout, static_cast<uint64_t>((head * a.Nq + i) * a.Nk + j0), n, factors);
   fill_tail(factors, n, 0.0f);
@@ -213,7 +226,8 @@ VK_INLINE void dropout_row(const AttentionArgs& a, int64_t head, int64_t i, int6
 
 #if defined(__AVX512BF16__)
 VK_INLINE __m512i round_to_bf16(Vec high, Vec low) {  // 32 bf16: low's lanes, then high's
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
+  return reinterpret_cast<__m512i>(
+      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
 }
 #endif
 

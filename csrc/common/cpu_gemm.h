@@ -1,10 +1,12 @@
-// Register-tiled matrix products of the CPU kernels: C[M][N] (+)= A[M][K] * B[K][N], fp32 accumulation.
+// Register-tiled matrix products of the CPU kernels: C[M][N] (+)= A[M][K] * B[K][N], fp32
+// accumulation.
 //
-// A `Unit` is what one lane multiplies per instruction: a float (FMA), or a pair of bf16 along K (vdpbf16ps). A is read one
-// broadcast unit at a time, either along its rows (kRowMajor: a[m * lda + k]) or down its columns (kColMajor:
-// a[k * lda + m], a transposed product without a transpose). B is packed into panels of 1..kMaxPanel vectors: the panel that
-// starts at vector v0 lies at b + v0 * kVec * packed_k and holds packed_k rows of its own width.
-// A 24-accumulator tile measures 98% of the FMA and vdpbf16ps peak on Zen 5 with operands in L1.
+// A `Unit` is what one lane multiplies per instruction: a float (FMA), or a pair of bf16 along K
+// (vdpbf16ps). A is read one broadcast unit at a time, either along its rows (kRowMajor: a[m * lda
+// + k]) or down its columns (kColMajor: a[k * lda + m], a transposed product without a transpose).
+// B is packed into panels of 1..kMaxPanel vectors: the panel that starts at vector v0 lies at b +
+// v0 * kVec * packed_k and holds packed_k rows of its own width. A 24-accumulator tile measures 98%
+// of the FMA and vdpbf16ps peak on Zen 5 with operands in L1.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +26,8 @@ constexpr int kElements = 1;  // elements of K per unit
 template <>
 constexpr int kElements<Bf16Pair> = 2;
 
-// The unit a product of T operands uses at this level; everything but bf16 with vdpbf16ps is widened to fp32 while packing.
+// The unit a product of T operands uses at this level; everything but bf16 with vdpbf16ps is
+// widened to fp32 while packing.
 template <class T>
 struct UnitOf {
   using type = float;
@@ -68,9 +71,12 @@ constexpr int64_t units_of(int64_t elements) {
 constexpr int64_t vecs_of(int64_t columns) { return ceil_div(columns, kVec); }
 
 // Units that a packed B takes: packed_k rows, columns rounded up to whole vectors.
-constexpr int64_t packed_units(int64_t packed_k, int64_t columns) { return packed_k * vecs_of(columns) * kVec; }
+constexpr int64_t packed_units(int64_t packed_k, int64_t columns) {
+  return packed_k * vecs_of(columns) * kVec;
+}
 
-// Width in vectors of the panel that starts at vector v0 of n: as even as possible, the wider ones first.
+// Width in vectors of the panel that starts at vector v0 of n: as even as possible, the wider ones
+// first.
 VK_INLINE int64_t panel_width(int64_t v0, int64_t n) {
   const int64_t panels = ceil_div(n, kMaxPanel), wide = n % panels, narrow = n / panels;
   return v0 < wide * (narrow + 1) ? narrow + 1 : narrow;
@@ -89,8 +95,8 @@ VK_INLINE Vec multiply_add(const Bf16Pair* a, Vec b, Vec c) {
 #endif
 
 template <class Unit, ALayout layout, int kRows, int kVecs>
-__attribute__((noinline)) void gemm_tile(int64_t K, const Unit* a, int64_t lda, const Unit* b, float* c, int64_t ldc,
-                                         bool accumulate) {
+__attribute__((noinline)) void gemm_tile(int64_t K, const Unit* a, int64_t lda, const Unit* b,
+                                         float* c, int64_t ldc, bool accumulate) {
   Vec acc[kRows][kVecs];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
@@ -119,17 +125,19 @@ __attribute__((noinline)) void gemm_tile(int64_t K, const Unit* a, int64_t lda, 
 }
 
 template <class Unit, ALayout layout, int kRows, int kVecs>
-VK_INLINE void gemm_rows(int64_t rows, int64_t K, const Unit* a, int64_t lda, const Unit* b, float* c, int64_t ldc,
-                         bool accumulate) {
+VK_INLINE void gemm_rows(int64_t rows, int64_t K, const Unit* a, int64_t lda, const Unit* b,
+                         float* c, int64_t ldc, bool accumulate) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return gemm_tile<Unit, layout, kRows, kVecs>(K, a, lda, b, c, ldc, accumulate);
+    if (rows == kRows)
+      return gemm_tile<Unit, layout, kRows, kVecs>(K, a, lda, b, c, ldc, accumulate);
     gemm_rows<Unit, layout, kRows - 1, kVecs>(rows, K, a, lda, b, c, ldc, accumulate);
   }
 }
 
 // M rows in tiles as even as possible: 25 rows are 5 tiles of 5, not 4 of 6 and a slow one of 1.
 template <class Unit, ALayout layout, int kVecs>
-void gemm_panel(int64_t M, int64_t K, const Unit* a, int64_t lda, const Unit* b, float* c, int64_t ldc, bool accumulate) {
+void gemm_panel(int64_t M, int64_t K, const Unit* a, int64_t lda, const Unit* b, float* c,
+                int64_t ldc, bool accumulate) {
   const int64_t tiles = ceil_div(M, kTileRows[kVecs]);
   const int64_t a_row = layout == ALayout::kColMajor ? 1 : lda;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -140,14 +148,15 @@ void gemm_panel(int64_t M, int64_t K, const Unit* a, int64_t lda, const Unit* b,
   }
 }
 
-// Units of K that one register accumulates before it is added to C: shorter chains round less, and that much of a panel
-// stays in L1 while all rows pass over it.
+// Units of K that one register accumulates before it is added to C: shorter chains round less, and
+// that much of a panel stays in L1 while all rows pass over it.
 constexpr int64_t kMaxChain = 48;
 
-// C[M][columns rounded up to vectors] (+)= A * B[k0 .. k0 + K). All of M, columns, K may be anything; A begins at unit k0.
+// C[M][columns rounded up to vectors] (+)= A * B[k0 .. k0 + K). All of M, columns, K may be
+// anything; A begins at unit k0.
 template <ALayout layout, class Unit>
-void gemm(int64_t M, int64_t columns, int64_t K, const Unit* a, int64_t lda, const Unit* b, int64_t packed_k, int64_t k0,
-          float* c, int64_t ldc, bool accumulate) {
+void gemm(int64_t M, int64_t columns, int64_t K, const Unit* a, int64_t lda, const Unit* b,
+          int64_t packed_k, int64_t k0, float* c, int64_t ldc, bool accumulate) {
   const int64_t vecs = vecs_of(columns), chains = ceil_div(K, kMaxChain);
   for (int64_t v0 = 0; v0 < vecs;) {
     const int64_t width = panel_width(v0, vecs);
@@ -169,7 +178,8 @@ void gemm(int64_t M, int64_t columns, int64_t K, const Unit* a, int64_t lda, con
   }
 }
 
-// --- packing --------------------------------------------------------------------------------------------------------
+// --- packing
+// --------------------------------------------------------------------------------------------------------
 // A vector of kVec units from `n` elements at p (n <= 0: zeros; never reads past n).
 template <class Unit, class T>
 VK_INLINE Vec load_units(const T* p, int64_t n) {
@@ -203,10 +213,11 @@ VK_INLINE void transpose_step(Vec (&rows)[kVec]) {
   if constexpr (kDistance > 1) transpose_step<kDistance / 2>(rows);
 }
 
-// kVec rows of units, transposed, to rows of a panel `out_stride` floats apart; kFull: all of the block exists in src.
+// kVec rows of units, transposed, to rows of a panel `out_stride` floats apart; kFull: all of the
+// block exists in src.
 template <bool kFull, class Unit, class T>
-VK_INLINE void pack_block(const T* src, int64_t stride, int64_t rows, int64_t elements, int64_t units, float* out,
-                          int64_t out_stride) {
+VK_INLINE void pack_block(const T* src, int64_t stride, int64_t rows, int64_t elements,
+                          int64_t units, float* out, int64_t out_stride) {
   Vec block[kVec];
 #pragma GCC unroll 16
   for (int r = 0; r < kVec; ++r) {
@@ -224,7 +235,8 @@ VK_INLINE void pack_block(const T* src, int64_t stride, int64_t rows, int64_t el
 
 // B = src^T: contraction along the D elements of a row, one column per row of src (K^T of scores).
 template <class Unit, class T>
-__attribute__((noinline)) void pack_transposed(const T* src, int64_t stride, int64_t rows, int64_t D, Unit* packed) {
+__attribute__((noinline)) void pack_transposed(const T* src, int64_t stride, int64_t rows,
+                                               int64_t D, Unit* packed) {
   const int64_t K = units_of<Unit>(D), vecs = vecs_of(rows);
   for (int64_t v0 = 0; v0 < vecs;) {
     const int64_t width = panel_width(v0, vecs);
@@ -245,7 +257,8 @@ __attribute__((noinline)) void pack_transposed(const T* src, int64_t stride, int
   }
 }
 
-// One vector of units of packed rows: the elements of a row, or of two rows side by side (the second may be absent).
+// One vector of units of packed rows: the elements of a row, or of two rows side by side (the
+// second may be absent).
 template <class Unit, class T>
 VK_INLINE Vec load_row_units(const T* p, int64_t stride, bool has_second, int64_t n) {
   if constexpr (kElements<Unit> == 2) {
@@ -257,16 +270,19 @@ VK_INLINE Vec load_row_units(const T* p, int64_t stride, bool has_second, int64_
       std::memcpy(&first, p, static_cast<size_t>(n) * 2);
       if (has_second) std::memcpy(&second, p + stride, static_cast<size_t>(n) * 2);
     }
-    return reinterpret_cast<Vec>(__builtin_convertvector(first, UVec) | (__builtin_convertvector(second, UVec) << 16));
+    return reinterpret_cast<Vec>(__builtin_convertvector(first, UVec) |
+                                 (__builtin_convertvector(second, UVec) << 16));
   } else {
     (void)stride, (void)has_second;
     return load_units<Unit>(p, n);
   }
 }
 
-// B = src: contraction along the rows, columns are the D elements (V of P * V); a last odd row is paired with zeros.
+// B = src: contraction along the rows, columns are the D elements (V of P * V); a last odd row is
+// paired with zeros.
 template <class Unit, class T>
-__attribute__((noinline)) void pack_rows(const T* src, int64_t stride, int64_t rows, int64_t D, Unit* packed) {
+__attribute__((noinline)) void pack_rows(const T* src, int64_t stride, int64_t rows, int64_t D,
+                                         Unit* packed) {
   constexpr int kStep = kElements<Unit>;
   const int64_t K = units_of<Unit>(rows), whole = rows / kStep, vecs = vecs_of(D);
   for (int64_t v0 = 0; v0 < vecs;) {
@@ -277,18 +293,22 @@ __attribute__((noinline)) void pack_rows(const T* src, int64_t stride, int64_t r
       float* out = reinterpret_cast<float*>(packed + v0 * kVec * K) + v * kVec;
       if (n >= kVec) {
         for (int64_t k = 0; k < whole; ++k)
-          store(out + k * row, load_row_units<Unit>(column + k * kStep * stride, stride, true, kVec));
+          store(out + k * row,
+                load_row_units<Unit>(column + k * kStep * stride, stride, true, kVec));
       } else {
         for (int64_t k = 0; k < whole; ++k)
           store(out + k * row, load_row_units<Unit>(column + k * kStep * stride, stride, true, n));
       }
-      if (whole < K) store(out + whole * row, load_row_units<Unit>(column + whole * kStep * stride, stride, false, n));
+      if (whole < K)
+        store(out + whole * row,
+              load_row_units<Unit>(column + whole * kStep * stride, stride, false, n));
     }
     v0 += width;
   }
 }
 
-// The A operand: rows of units, read where they are when T allows it, widened or padded into `scratch` otherwise.
+// The A operand: rows of units, read where they are when T allows it, widened or padded into
+// `scratch` otherwise.
 template <class Unit>
 struct RowUnits {
   const Unit* data;
