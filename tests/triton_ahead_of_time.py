@@ -194,5 +194,7 @@ if __name__ == "__main__":
     if "small" in sys.argv[3:]:  # as on a consumer GPU, whose blocks have 99 KB of shared memory
         for module in (attention_forward, attention_backward, attention_dbias):
             module.stages = lambda device, wanted: 1
+    if capability < 90:
+        attention_backward.capability = lambda device: capability
     records = compile_cases(capability, chosen)
     print(json.dumps({"kernels": sorted(all_kernels()), "records": records}))

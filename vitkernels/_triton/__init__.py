@@ -3,6 +3,7 @@
 from vitkernels._triton.dropout import dropout_scalars, keep_mask
 from vitkernels._triton.launch import (
     INTERPRETED,
+    capability,
     cdiv,
     collapse_rows,
     multiprocessors,
@@ -13,6 +14,7 @@ from vitkernels._triton.launch import (
 
 __all__ = [
     "INTERPRETED",
+    "capability",
     "cdiv",
     "collapse_rows",
     "dropout_scalars",

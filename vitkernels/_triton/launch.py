@@ -34,6 +34,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def capability(device: torch.device) -> int:
+    """90 for sm_90; without a GPU the one that the plans are made for."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def stages(device: torch.device, wanted: int) -> int:
     """Pipeline stages of a kernel's loads: one where a block has less shared memory than an A100's.
 

@@ -77,7 +77,7 @@ def _store_gradients(
     if dx_ptr is not None:
         dx = dz
         if not SCALE_DY:
-            gamma = load_columns(gamma_ptr, col, C, None)
+            gamma = load_columns(gamma_ptr, col, C, 1.0)
             index = row.to(tl.int64)[:, None] * C + col[None, :]
             dx = through_branch(dz, index, gamma, scale, seed_ptr, threshold, keep_scale)
         store_rows(dx_ptr, dx, row, col, mask, C)
@@ -124,7 +124,9 @@ def _backward_kernel(
         mask = (row < last)[:, None] & (col < C)[None, :]
         mean = tl.load(mean_ptr + row, mask=row < last, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < last, other=0.0)
-        scale = load_row_scale(row_scale_ptr, row, last, rows_per_sample)
+        scale = row_scale_ptr
+        if row_scale_ptr is not None:
+            scale = load_row_scale(row_scale_ptr, row, last, rows_per_sample)
         dy, wdy, xhat, dnew_residual = _load_gradients(
             dy_ptr, dnew_residual_ptr, z_ptr, weight_ptr, row, col, mask, mean, rstd, scale, C,
             inner_rows, dy_strides, dnew_residual_strides, z_strides, SCALE_DY,
@@ -167,7 +169,9 @@ def _backward_row_kernel(
     col = tl.arange(0, BLOCK_C)
     mean = tl.load(mean_ptr + row)
     rstd = tl.load(rstd_ptr + row)
-    scale = load_row_scale(row_scale_ptr, row, rows, rows_per_sample)
+    scale = row_scale_ptr
+    if row_scale_ptr is not None:
+        scale = load_row_scale(row_scale_ptr, row, rows, rows_per_sample)
     wdy_xhat_sum = tl.zeros((1, BLOCK_C), tl.float32)
     wdy_sum = tl.zeros((1, BLOCK_C), tl.float32)
     for start in range(0, C, BLOCK_C):
@@ -223,7 +227,9 @@ def _backward_column_kernel(
         mask = (row < last)[:, None] & (col < C)[None, :]
         mean = tl.load(mean_ptr + row, mask=row < last, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < last, other=0.0)
-        scale = load_row_scale(row_scale_ptr, row, last, rows_per_sample)
+        scale = row_scale_ptr
+        if row_scale_ptr is not None:
+            scale = load_row_scale(row_scale_ptr, row, last, rows_per_sample)
         dy, wdy, xhat, dnew_residual = _load_gradients(
             dy_ptr, dnew_residual_ptr, z_ptr, weight_ptr, row, col, mask, mean, rstd, scale, C,
             inner_rows, dy_strides, dnew_residual_strides, z_strides, SCALE_DY,

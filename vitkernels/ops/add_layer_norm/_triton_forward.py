@@ -74,10 +74,7 @@ def load_columns(ptr, col, C, default: tl.constexpr):
 
 @triton.jit
 def load_row_scale(ptr, row, rows, rows_per_sample):
-    if ptr is None:
-        return None
-    else:
-        return tl.load(ptr + row // rows_per_sample, mask=row < rows, other=0.0)[:, None]
+    return tl.load(ptr + row // rows_per_sample, mask=row < rows, other=0.0)[:, None]
 
 
 @triton.jit
@@ -103,7 +100,7 @@ def _load_z(
     else:
         x = load_rows(x_ptr, row, col, read_mask(mask, scale), inner_rows, x_strides)
         residual = load_rows(residual_ptr, row, col, mask, inner_rows, residual_strides)
-        gamma = load_columns(gamma_ptr, col, C, None)
+        gamma = load_columns(gamma_ptr, col, C, 1.0)
         index = row.to(tl.int64)[:, None] * C + col[None, :]
         z = residual + through_branch(x, index, gamma, scale, seed_ptr, threshold, keep_scale)
         return z.to(residual_ptr.dtype.element_ty).to(tl.float32)
@@ -137,7 +134,9 @@ def _forward_kernel(
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.arange(0, BLOCK_C)
-    scale = load_row_scale(row_scale_ptr, row, rows, rows_per_sample)
+    scale = row_scale_ptr
+    if row_scale_ptr is not None:
+        scale = load_row_scale(row_scale_ptr, row, rows, rows_per_sample)
 
     if RESIDENT:
         mask = (row < rows)[:, None] & (col < C)[None, :]
@@ -208,7 +207,7 @@ def forward_plan(C: int) -> tuple[bool, int, int, int]:
     if C > RESIDENT_COLUMNS:
         return False, 1, LOOP_COLUMNS, 8
     block_c = max(16, power_of_two(C))
-    return True, max(1, 1024 // block_c), block_c, max(1, block_c // 1024)
+    return True, max(1, min(32, 1024 // block_c)), block_c, max(1, block_c // 1024)
 
 
 # --- launchers -----------------------------------------------------------------------------------

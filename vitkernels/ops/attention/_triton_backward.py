@@ -15,7 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vitkernels._triton import dropout_scalars, multiprocessors, on_device, stages
+from vitkernels._triton import (
+    capability,
+    dropout_scalars,
+    multiprocessors,
+    on_device,
+    stages,
+)
 from vitkernels.ops.attention._triton_dbias import launch_dbias
 from vitkernels.ops.attention._triton_forward import unpack
 from vitkernels.ops.attention._triton_plans import BackwardPlan, backward_plan, blocks_of_a_head
@@ -31,7 +37,6 @@ from vitkernels.ops.attention._triton_tiles import (
     load_lse,
     load_parts,
     load_tiles,
-    mask_pointer,
     mask_view,
     scale_tiles,
     score_gradients,
@@ -64,8 +69,10 @@ def _dq_kernel(
     q_ptr = head_pointer(q_ptr, b, h, q_strides, UNIT)
     k_ptr = head_pointer(k_ptr, b, h, k_strides, UNIT)
     v_ptr = head_pointer(v_ptr, b, h, v_strides, UNIT)
-    bias_ptr = bias_pointer(bias_ptr, b, h, bias_strides)
-    mask_ptr = mask_pointer(mask_ptr, b, Nk)
+    if bias_ptr is not None:
+        bias_ptr = bias_pointer(bias_ptr, b, h, bias_strides)
+    if mask_ptr is not None:
+        mask_ptr += b.to(tl.int64) * Nk
     lse_ptr += head.to(tl.int64) * Nq
     delta_ptr += head.to(tl.int64) * Nq
     first_block = group * blocks_per_program
@@ -141,8 +148,10 @@ def _dkv_kernel(
     q_ptr = head_pointer(q_ptr, b, h, q_strides, UNIT)
     k_ptr = head_pointer(k_ptr, b, h, k_strides, UNIT)
     v_ptr = head_pointer(v_ptr, b, h, v_strides, UNIT)
-    bias_ptr = bias_pointer(bias_ptr, b, h, bias_strides)
-    mask_ptr = mask_pointer(mask_ptr, b, Nk)
+    if bias_ptr is not None:
+        bias_ptr = bias_pointer(bias_ptr, b, h, bias_strides)
+    if mask_ptr is not None:
+        mask_ptr += b.to(tl.int64) * Nk
     lse_ptr += head.to(tl.int64) * Nq
     delta_ptr += head.to(tl.int64) * Nq
 
@@ -220,7 +229,8 @@ def launch_backward(
     delta = torch.empty_like(lse)
     with on_device(q):
         plain = bias is None and key_padding_mask is None and dropout_p == 0
-        narrow = key_padding_mask is not None or dropout_p > 0
+        masked = key_padding_mask is not None or dropout_p > 0
+        narrow = masked or capability(q.device) < 90
         plan = backward_plan(Nq, Nk, D, q.dtype, resident=plain, narrow=narrow)
         groups, per_program = blocks_of_a_head(plan, Nq, B, H, processors)
         _dq_kernel[(groups * H * B,)](
@@ -240,7 +250,7 @@ def launch_backward(
             return None
         pointers, strides = (dout, q, k, v, lse, delta, *masks), (s_dout, s_q, s_k, s_v)
         full = (B, H, Nq, Nk)
-        return launch_dbias(pointers, strides, scalars, common, bias, full, processors)
+        return launch_dbias(pointers, strides, scalars, common, bias, full, processors, narrow)
 
 
 def _tiles(plan: BackwardPlan, device: torch.device) -> dict:

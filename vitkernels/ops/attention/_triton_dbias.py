@@ -19,7 +19,6 @@ from vitkernels.ops.attention._triton_tiles import (
     head_pointer,
     load_lse,
     load_tiles,
-    mask_pointer,
     score_gradients,
 )
 
@@ -57,12 +56,15 @@ def _dbias_kernel(
         k = load_tiles(k_head, column, Nk, k_strides, D, DIMS, UNIT, DOT, True)
         v = load_tiles(v_head, column, Nk, v_strides, D, DIMS, UNIT, DOT, True)
         dout = load_tiles(dout_head, row, Nq, dout_strides, D, DIMS, UNIT, DOT, True)
+        mask_head = mask_ptr
+        if mask_ptr is not None:
+            mask_head += b.to(tl.int64) * Nk
         statistics = head.to(tl.int64) * Nq
         lse = load_lse(lse_ptr + statistics, row, Nq)
         delta = tl.load(delta_ptr + statistics + row, mask=row < Nq, other=0.0)
         _, ds = score_gradients(
             q, k, dout, v, lse[:, None], delta[:, None], head, row[:, None], column[None, :],
-            bias_pointer(bias_ptr, b, h, bias_strides), mask_pointer(mask_ptr, b, Nk), seed_ptr,
+            bias_pointer(bias_ptr, b, h, bias_strides), mask_head, seed_ptr,
             bias_strides, Nq, Nk, scale, threshold, keep_scale, False, True,
         )  # fmt: skip
         total += ds
@@ -78,10 +80,10 @@ def _dbias_kernel(
     tl.store(pointers, total.to(partial_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_dbias(pointers, strides, scalars, common, bias, full, processors):
+def launch_dbias(pointers, strides, scalars, common, bias, full, processors, narrow):
     """dbias of the shape and dtype of bias; full = (B, H, Nq, Nk)."""
     B, H, Nq, Nk = full
-    plan = backward_plan(Nq, 1, common["D"], pointers[1].dtype, narrow=pointers[-1] is not None)
+    plan = backward_plan(Nq, 1, common["D"], pointers[1].dtype, narrow=narrow)
     block_m, block_n = plan.block, plan.block_loop
     blocks = (cdiv(Nq, block_m), cdiv(Nk, block_n))
     bias_batch, bias_heads = bias.shape[:2]

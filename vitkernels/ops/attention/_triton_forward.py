@@ -30,7 +30,6 @@ from vitkernels.ops.attention._triton_tiles import (
     kept,
     load_parts,
     load_tiles,
-    mask_pointer,
     mask_view,
     scale_tiles,
     store_tiles,
@@ -69,8 +68,10 @@ def _forward_kernel(
     k_ptr = head_pointer(k_ptr, b, h, k_strides, UNIT)
     v_ptr = head_pointer(v_ptr, b, h, v_strides, UNIT)
     out_ptr = head_pointer(out_ptr, b, h, out_strides, UNIT)
-    bias_ptr = bias_pointer(bias_ptr, b, h, bias_strides)
-    mask_ptr = mask_pointer(mask_ptr, b, Nk)
+    if bias_ptr is not None:
+        bias_ptr = bias_pointer(bias_ptr, b, h, bias_strides)
+    if mask_ptr is not None:
+        mask_ptr += b.to(tl.int64) * Nk
     lse_ptr += head.to(tl.int64) * Nq
 
     if not LOOP:

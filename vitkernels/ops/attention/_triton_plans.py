@@ -57,7 +57,7 @@ def forward_plan(Nk: int, D: int, dtype: torch.dtype, plain: bool = True) -> For
     """plain: no bias, mask or dropout, which cost registers beside the scores of a whole row."""
     dims = split_dims(D)
     if dtype == torch.float32 and not INTERPRETED:  # products by FMA, all in registers
-        block, block_loop, num_warps, num_stages = 64, 32, 8, 1
+        block, block_loop, num_warps, num_stages = 64 if plain else 32, 32, 8, 1
     elif sum(dims) <= 64 and plain and Nk <= WHOLE_ROW:
         return ForwardPlan(0, split_columns(Nk), dims, 64, 128, 4, 1)
     elif sum(dims) <= 64:
@@ -87,7 +87,8 @@ def backward_plan(
 ) -> BackwardPlan:
     """Tiles for dq (rows = Nq, N = Nk) and for dk and dv (rows = Nk, N = Nq).
 
-    resident: the other side may stay in shared memory. narrow: dropout or a mask costs registers.
+    resident: the other side may stay in shared memory. narrow: dropout or a mask costs registers,
+    and so does the lack of wgmma before sm_90 (4 KB of spills with a bias).
     """
     dims = split_dims(D)
     width = sum(dims)

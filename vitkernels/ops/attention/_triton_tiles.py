@@ -123,18 +123,7 @@ def add_dot(total, a, b):
 
 @triton.jit
 def bias_pointer(bias_ptr, b, h, bias_strides):
-    if bias_ptr is None:
-        return None
-    else:
-        return bias_ptr + b.to(tl.int64) * bias_strides[0] + h.to(tl.int64) * bias_strides[1]
-
-
-@triton.jit
-def mask_pointer(mask_ptr, b, Nk):
-    if mask_ptr is None:
-        return None
-    else:
-        return mask_ptr + b.to(tl.int64) * Nk
+    return bias_ptr + b.to(tl.int64) * bias_strides[0] + h.to(tl.int64) * bias_strides[1]
 
 
 @triton.jit
