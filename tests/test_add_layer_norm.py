@@ -17,27 +17,30 @@ FP32, BF16, FP16 = DTYPES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS.get)
 
 
 def shape_for(backend, channels):
     """Odd numbers of rows, enough for the statistics and for several programs of the backward."""
     if backend in SLOW_BACKENDS:
-        return (3, 7, channels) if channels < 4096 else (2, 2, channels)
+        return (3, 7, channels) if channels < 768 else (2, 2, channels)
     return (3, 65, channels) if channels < 4096 else (2, 13, channels)
 
 
-@each_dtype
-@pytest.mark.parametrize("channels", CHANNELS)
-@each_backend
+# The interpreter truncates 16-bit stores and is slow: three widths show that its casts are right.
+WIDTHS = [
+    pytest.param(backend, channels, dtype, id=f"{backend}-{channels}-{DTYPE_IDS[dtype]}")
+    for backend, channels, dtype in itertools.product(BACKENDS, CHANNELS, DTYPES)
+    if backend != "triton" or dtype == FP32 or channels in (1, 96, 768)
+]
+
+
+@pytest.mark.parametrize(("backend", "channels", "dtype"), WIDTHS)
 def test_every_width(backend, channels, dtype):
     problem = layer_norm_problem(shape_for(backend, channels), dtype)
     check(problem, backend, shape_class=f"C{channels}")
 
 
-@each_dtype
-@pytest.mark.parametrize("channels", CHANNELS)
-@each_backend
+@pytest.mark.parametrize(("backend", "channels", "dtype"), WIDTHS)
 def test_layer_norm_add_every_width(backend, channels, dtype):
     problem = layer_norm_add_problem(shape_for(backend, channels), dtype)
     check(problem, backend, shape_class=f"C{channels}")
