@@ -25,17 +25,20 @@ PYBIND11_MODULE(_C, m) {
       "The instruction-set level that the CPU kernels run at in this process.");
   m.def(
       "add_layer_norm_plan",
-      [](int64_t rows, int64_t C, bool aligned, int multiprocessors, const std::string& pass) {
+      [](int64_t rows, int64_t C, bool aligned, bool common_types, int multiprocessors,
+         const std::string& pass) {
         using vitkernels::add_layer_norm::Pass;
         const std::map<std::string, Pass> passes{{"forward", Pass::kForward},
                                                  {"backward", Pass::kBackward},
                                                  {"backward_gamma", Pass::kBackwardGamma}};
-        const auto p =
-            vitkernels::add_layer_norm::plan(rows, C, aligned, multiprocessors, passes.at(pass));
-        return py::dict("vectorized"_a = p.vectorized, "block_per_row"_a = p.block_per_row,
-                        "chunks"_a = p.chunks, "lanes"_a = p.lanes, "threads"_a = p.threads,
-                        "blocks"_a = p.blocks, "shared_bytes"_a = p.shared_bytes);
+        const auto p = vitkernels::add_layer_norm::plan(rows, C, aligned, common_types,
+                                                        multiprocessors, passes.at(pass));
+        return py::dict("fixed_types"_a = p.fixed_types, "vectorized"_a = p.vectorized,
+                        "block_per_row"_a = p.block_per_row, "chunks"_a = p.chunks,
+                        "lanes"_a = p.lanes, "threads"_a = p.threads, "blocks"_a = p.blocks,
+                        "shared_bytes"_a = p.shared_bytes);
       },
-      py::arg("rows"), py::arg("C"), py::arg("aligned"), py::arg("multiprocessors"),
-      py::arg("pass_"), "Launch settings of add_layer_norm's CUDA kernels.");
+      py::arg("rows"), py::arg("C"), py::arg("aligned"), py::arg("common_types"),
+      py::arg("multiprocessors"), py::arg("pass_"),
+      "Launch settings of add_layer_norm's CUDA kernels.");
 }

@@ -30,17 +30,12 @@ ForwardKernel forward_of_types(const Plan& p) {
 template <Form FORM>
 ForwardKernel forward_instance(const Plan& p, Types types) {
   if (p.fixed_types) {
-    switch (types) {
-      case Types::kF32:
-        return forward_of_types<FORM, Types::kF32>(p);
-      case Types::kBF16:
-        return forward_of_types<FORM, Types::kBF16>(p);
-      case Types::kBF16Stream32:
-        return forward_of_types<FORM, Types::kBF16Stream32>(p);
-      case Types::kF16:
-        return forward_of_types<FORM, Types::kF16>(p);
-      default:
-        return forward_of_types<FORM, Types::kF16Stream32>(p);
+    if (types == Types::kF32) return forward_of_types<FORM, Types::kF32>(p);
+    if (types == Types::kBF16) return forward_of_types<FORM, Types::kBF16>(p);
+    if (types == Types::kBF16Stream32) return forward_of_types<FORM, Types::kBF16Stream32>(p);
+    if constexpr (FORM == Form::kAddNorm) {
+      if (types == Types::kF16) return forward_of_types<FORM, Types::kF16>(p);
+      return forward_of_types<FORM, Types::kF16Stream32>(p);
     }
   }
   constexpr Types kAny = Types::kAny;
@@ -67,18 +62,9 @@ BackwardKernel backward_of_types(const Plan& p) {
 template <bool DGAMMA>
 BackwardKernel backward_instance(const Plan& p, Types types) {
   if (p.fixed_types) {
-    switch (types) {
-      case Types::kF32:
-        return backward_of_types<DGAMMA, Types::kF32>(p);
-      case Types::kBF16:
-        return backward_of_types<DGAMMA, Types::kBF16>(p);
-      case Types::kBF16Stream32:
-        return backward_of_types<DGAMMA, Types::kBF16Stream32>(p);
-      case Types::kF16:
-        return backward_of_types<DGAMMA, Types::kF16>(p);
-      default:
-        return backward_of_types<DGAMMA, Types::kF16Stream32>(p);
-    }
+    if (types == Types::kF32) return backward_of_types<DGAMMA, Types::kF32>(p);
+    if (types == Types::kBF16) return backward_of_types<DGAMMA, Types::kBF16>(p);
+    return backward_of_types<DGAMMA, Types::kBF16Stream32>(p);
   }
   constexpr Types kAny = Types::kAny;
   if (p.vectorized)
@@ -103,17 +89,31 @@ bool same_types(const BackwardArgs& a, const BackwardArgs& b) {
          same_type(a.x, b.x) && same_type(a.dx, b.dx) && same_type(a.dresidual, b.dresidual);
 }
 
-// The combination that all operands of a call agree with, or kAny. No combination has dropout.
+// The first of `candidates` that all operands of a call agree with, or kAny.
 template <class Args, class Set>
-Types types_of(const Args& a, Set set) {
+Types types_of(const Args& a, std::initializer_list<Types> candidates, Set set) {
   if (a.dropout.seed != nullptr) return Types::kAny;
-  for (Types t :
-       {Types::kF32, Types::kBF16, Types::kBF16Stream32, Types::kF16, Types::kF16Stream32}) {
+  for (Types t : candidates) {
     Args typed = a;
     set(typed, branch_type(t), stream_type(t));
     if (same_types(a, typed)) return t;
   }
   return Types::kAny;
+}
+
+template <Form FORM>
+Types forward_types(const ForwardArgs& a) {
+  if (FORM == Form::kNormAdd)
+    return types_of(a, {Types::kF32, Types::kBF16, Types::kBF16Stream32}, set_types<FORM>);
+  return types_of(
+      a, {Types::kF32, Types::kBF16, Types::kBF16Stream32, Types::kF16, Types::kF16Stream32},
+      set_types<FORM>);
+}
+
+Types backward_types(const BackwardArgs& a) {
+  return types_of(
+      a, {Types::kF32, Types::kBF16, Types::kBF16Stream32},
+      [](BackwardArgs& b, DType branch, DType stream) { set_types(b, branch, stream); });
 }
 
 // ---- Launchers
@@ -216,7 +216,7 @@ void launch_forward(const Device& device, Operands& operands, ForwardArgs& a) {
   a.rows = operands.rows();
   a.rows_per_sample = operands.rows_per_sample();
   a.C = operands.C();
-  const Types types = types_of(a, set_types<FORM>);
+  const Types types = forward_types<FORM>(a);
   const Plan p = add_layer_norm::plan(a.rows, a.C, operands.aligned(), types != Types::kAny,
                                       device.multiprocessors(), Pass::kForward);
   a.lanes = p.lanes;
@@ -231,8 +231,7 @@ void launch_backward(const Device& device, Operands& operands, BackwardArgs& a, 
   a.rows = operands.rows();
   a.rows_per_sample = operands.rows_per_sample();
   a.C = operands.C();
-  const Types types = types_of(
-      a, [](BackwardArgs& b, DType branch, DType stream) { set_types(b, branch, stream); });
+  const Types types = backward_types(a);
   const Plan p =
       add_layer_norm::plan(a.rows, a.C, operands.aligned(), types != Types::kAny,
                            device.multiprocessors(), backward_pass(gradients[2].has_value()));

@@ -5,15 +5,16 @@
 //   two passes over the registers, in fp32. The backward reads its rows once too; each thread keeps
 //   the sums over rows of dweight, dbias and dgamma for its columns, blocks write them, and
 //   finish_kernel adds them in a fixed order: no atomics. Dropout's mask is computed again.
-// Grid: 1..32 lanes a row up to C = 1024 (C / 8 rounded up to a power of two), a block a row up to
-//   8192; beyond, the block walks the row and reads it again in each pass. The forward strides over
-//   rows; the backward's grid is persistent. add_layer_norm_plan.h has the numbers.
+// Grid: 1..32 lanes a row up to C = 1024 (512 without 16-byte accesses), a block a row up to 8192
+//   (4096); beyond, the block walks the row and reads it again in each pass. The forward strides
+//   over rows; the backward's grid is persistent. add_layer_norm_plan.h has the numbers.
 // Memory per block: 512 B; the backward adds 12 C bytes where a warp or less has a row.
 // Limits: any C, any alignment; 16-byte accesses where C % 8 == 0 and rows begin on 16-byte lines.
 // Floor: bytes per element with x, y, z in bf16 (fp32 residual) forward: x, residual in, z, y out,
 //   8 (12); backward: dy, dz, z in, dz out, 8 (14), with LayerScale also x in, dx out, 12 (18).
 //   ViT-B, B256 N197 C768 at 4.3 TB/s: 72, 72, 108 us. A row with row_scale 0 saves the 2 of x.
-//   Predicted, not measured: 85% of that bandwidth forward, 75% backward.
+//   Not measured. The loop of C = 768 issues about 750 instructions a row (sm_80 SASS, bf16), which
+//   is as long as the memory takes: predicted 75% of that bandwidth forward, 65% backward.
 #pragma once
 
 #include "add_layer_norm/add_layer_norm_plan.h"
@@ -72,8 +73,9 @@ struct BackwardArgs {
 // ---- Dtypes fixed at compile time
 
 // The combinations that models use, without dropout: all operands alike, or a 16-bit branch on an
-// fp32 residual stream (autocast). kAny reads dtypes from the arguments, at three times the
-// instructions. Parameters keep theirs: they are read from L1, a branch per eight elements.
+// fp32 residual stream (autocast); fp16 where it is usual, in add_layer_norm's forward. kAny reads
+// dtypes from the arguments, at three times the instructions. Parameters keep theirs: they come
+// from L1, with a branch per eight elements.
 enum class Types { kAny, kF32, kBF16, kBF16Stream32, kF16, kF16Stream32 };
 
 constexpr DType branch_type(Types t) {
@@ -329,6 +331,7 @@ VK_DEVICE void load_xhat_dy(const BackwardArgs& a, const Row& row, int rank, int
 // fetches the next row.
 template <bool DGAMMA>
 VK_DEVICE void prefetch_row(const BackwardArgs& a, const Row& row, int rank, int size, int chunks) {
+#pragma unroll 1
   for (int i = 0; i < chunks; ++i) {
     const Columns<true> columns(i, rank, size, row.length);
     const auto from = [&](const RowsView& rows) {
@@ -495,7 +498,7 @@ __global__ void __launch_bounds__(kResidency<TYPES, VEC, BLOCK, CHUNKS, DGAMMA>.
     // memory.
     VK_DYNAMIC_SHARED(float, block_sums);
     const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
-    const auto over_teams = [&](auto& sums) {
+    [[maybe_unused]] const auto over_teams = [&](auto& sums) {
       for (int distance = team.size; distance < kWarp; distance *= 2) {
 #pragma unroll
         for (int i = 0; i < HELD; ++i)
@@ -504,9 +507,11 @@ __global__ void __launch_bounds__(kResidency<TYPES, VEC, BLOCK, CHUNKS, DGAMMA>.
             sums.held[i][j] += __shfl_xor_sync(kAllLanes, sums.held[i][j], distance);
       }
     };
-    over_teams(dweight);
-    over_teams(dbias);
-    if constexpr (DGAMMA) over_teams(dgamma);
+    if constexpr (kLanes<TYPES, BLOCK, CHUNKS> == 0) {
+      over_teams(dweight);
+      over_teams(dbias);
+      if constexpr (DGAMMA) over_teams(dgamma);
+    }
     for (int warp = 0; warp < warps; ++warp) {
       if (thread / kWarp == warp && team.offset == 0) {
 #pragma unroll
