@@ -28,7 +28,7 @@ ACCURACY = 0.97
 class Plan:
     """How much work; `--quick` is for trying it out and for tests."""
 
-    epochs: int = 36
+    epochs: int = 48
     peak_lr: float = 3e-3
     agreement_steps: int = 50
     model: str = "vit_small_patch16_224"
