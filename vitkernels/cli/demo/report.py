@@ -111,9 +111,10 @@ the reference in fp32 and in float64.
 ## Photographs
 
 {photos["model"]}, random weights, batch {photos["batch"]}, CPU threads: {photos["threads"]};
-best of alternating rounds. Peak MiB is what torch's allocator held during the call beyond the model
-and its input (on CPU from the profiler's events; what oneDNN takes by malloc is not in it).
-Differences are of the logits, against float64 with the same weights, and relative to the largest logit.
+best of alternating rounds. Peak MiB is what torch's allocator held during the call beyond the
+model and its input (on CPU from the profiler's events; what oneDNN takes by malloc is not in it).
+Differences are of the logits, against float64 with the same weights, and relative to the largest
+logit.
 
 {chr(10).join("| " + " | ".join(row) + " |" for row in table)}
 
