@@ -254,9 +254,10 @@ def _backward_column_kernel(
 
 
 @triton.jit
-def _store_parameter(ptr, gradient, col, mask):
-    if ptr is not None:
-        tl.store(ptr + col, gradient.to(ptr.dtype.element_ty), mask=mask)
+def _store_parameter(ptr, gradient, col, C, chosen):
+    if ptr is not None:  # noqa: SIM102 (decided when compiling; the next one when running)
+        if chosen:
+            tl.store(ptr + col, gradient.to(ptr.dtype.element_ty), mask=col < C)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -274,9 +275,9 @@ def _sum_partials_kernel(
         mask = (part < programs)[:, None] & (col < C)[None, :]
         total += tl.load(partial_ptr + offset, mask=mask, other=0.0)
     gradient = tl.sum(total, 0)
-    _store_parameter(dweight_ptr, gradient, col, (col < C) & (which == 0))
-    _store_parameter(dbias_ptr, gradient, col, (col < C) & (which == 1))
-    _store_parameter(dgamma_ptr, gradient, col, (col < C) & (which == 2))
+    _store_parameter(dweight_ptr, gradient, col, C, which == 0)
+    _store_parameter(dbias_ptr, gradient, col, C, which == 1)
+    _store_parameter(dgamma_ptr, gradient, col, C, which == 2)
 
 
 # --- launch settings: by registers and spills on sm_90 (test_triton_compile.py), not timed ------
