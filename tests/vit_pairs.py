@@ -91,4 +91,13 @@ def relative_errors(got: dict, truth: dict) -> dict[str, float]:
     }
 
 
+ROUNDING = 5e-6  # of two fp32 runs of one model, norm-relative
+
+
+def same(got: dict, expected: dict, limit=ROUNDING) -> None:
+    assert got.keys() == expected.keys()
+    errors = relative_errors(got, expected)
+    assert max(errors.values()) <= limit, sorted(errors.items(), key=lambda e: -e[1])[:3]
+
+
 needs_timm = {"condition": timm is None, "reason": "timm is not installed"}
