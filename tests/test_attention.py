@@ -109,7 +109,10 @@ BIAS_SHAPES = [
 @each_backend
 def test_every_broadcast_of_the_bias(backend, shape):
     problem = attention_problem(2, 17, 3, 16, Nk=21, bias=shape)
-    check(problem, backend, shape_class=f"Nq17 Nk21 D16 bias {shape}")
+    # Softmax does not see a bias that is the same for all keys: its gradient is 0, and what comes
+    # out is the rounding of a sum of up to 2142 terms.
+    slack = 4.0 if shape[-1] == 1 else 1.0
+    check(problem, backend, shape_class=f"Nq17 Nk21 D16 bias {shape}", slack=slack)
 
 
 @pytest.mark.parametrize("bias_dtype", DTYPE_IDS, ids=lambda d: "bias_" + DTYPE_IDS[d])
