@@ -369,15 +369,15 @@ constexpr Pass backward_pass(bool dgamma) {
   return dgamma ? Pass::kBackwardGamma : Pass::kBackward;
 }
 
-template <Types TYPES, bool VEC, bool BLOCK, int CHUNKS, bool DGAMMA>
+template <bool VEC, bool BLOCK, int CHUNKS, bool DGAMMA>
 constexpr add_layer_norm::Residency kResidency =
-    add_layer_norm::residency(TYPES != Types::kAny, VEC, BLOCK, CHUNKS, backward_pass(DGAMMA));
+    add_layer_norm::residency(VEC, BLOCK, CHUNKS, backward_pass(DGAMMA));
 
 template <Types TYPES, bool VEC, bool BLOCK, int CHUNKS, bool DGAMMA>
-__global__ void __launch_bounds__(kResidency<TYPES, VEC, BLOCK, CHUNKS, DGAMMA>.threads,
-                                  kResidency<TYPES, VEC, BLOCK, CHUNKS, DGAMMA>.blocks)
+__global__ void __launch_bounds__(kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.threads,
+                                  kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.blocks)
     backward_kernel(const __grid_constant__ BackwardArgs arguments) {
-  check_launch_bounds<kResidency<TYPES, VEC, BLOCK, CHUNKS, DGAMMA>.threads>();
+  check_launch_bounds<kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.threads>();
   BackwardArgs a = arguments;
   if constexpr (TYPES != Types::kAny) {
     set_types(a, branch_type(TYPES), stream_type(TYPES));

@@ -26,13 +26,12 @@ struct Plan {
 struct Residency {
   int threads, blocks;
 };
-constexpr Residency residency(bool fixed_types, bool vectorized, bool block_per_row, int chunks,
-                              Pass pass) {
+constexpr Residency residency(bool vectorized, bool block_per_row, int chunks, Pass pass) {
   if (!vectorized) return {kThreads, chunks <= 1 ? 2 : 1};
   const bool three_sums = pass == Pass::kBackwardGamma && !block_per_row;
   if (chunks <= 1) return {kThreads, three_sums ? 2 : 3};
-  if (chunks == 2) return {kThreads, three_sums && !fixed_types ? 1 : 2};
-  return {chunks == 3 && !three_sums ? 384 : kThreads, 1};
+  if (chunks == 2 && !three_sums) return {kThreads, 2};
+  return {chunks + three_sums <= 3 ? 384 : kThreads, 1};
 }
 
 // aligned: every row of every operand begins on a 16-byte line. common_types: the dtypes are one of
@@ -53,8 +52,7 @@ inline Plan plan(int64_t rows, int64_t C, bool aligned, bool common_types, int m
     while (p.lanes < 32 && p.lanes * least < eights) p.lanes *= 2;
     p.chunks = p.fixed_types ? static_cast<int>((eights + p.lanes - 1) / p.lanes) : most;
     p.threads = kThreads;
-    if (pass != Pass::kForward)
-      p.threads = residency(p.fixed_types, p.vectorized, false, p.chunks, pass).threads;
+    if (pass != Pass::kForward) p.threads = residency(p.vectorized, false, p.chunks, pass).threads;
     rows_per_block = p.threads / p.lanes;
   } else {
     p.block_per_row = true;
@@ -66,7 +64,7 @@ inline Plan plan(int64_t rows, int64_t C, bool aligned, bool common_types, int m
   // stay.
   int64_t most_blocks = 64;
   if (pass != Pass::kForward) {
-    const Residency r = residency(p.fixed_types, p.vectorized, p.block_per_row, p.chunks, pass);
+    const Residency r = residency(p.vectorized, p.block_per_row, p.chunks, pass);
     most_blocks = r.blocks * (r.threads / p.threads);
     if (!p.block_per_row) p.shared_bytes = 3 * C * static_cast<int64_t>(sizeof(float));
   }
