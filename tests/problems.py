@@ -40,6 +40,15 @@ class Problem:
         }
         return dataclasses.replace(self, inputs=inputs)
 
+    def to(self, device: str | torch.device) -> Problem:
+        def moved(values):
+            return {
+                name: v.to(device) if isinstance(v, torch.Tensor) else v
+                for name, v in values.items()
+            }
+
+        return dataclasses.replace(self, inputs=moved(self.inputs), options=moved(self.options))
+
     def double(self) -> Problem:
         inputs = {n: None if t is None else t.double() for n, t in self.inputs.items()}
         options = dict(self.options)
@@ -51,9 +60,10 @@ class Problem:
 
     def dropout_seed(self) -> torch.Tensor:
         """What the public function draws after torch.manual_seed(self.seed)."""
-        with torch.random.fork_rng(devices=[]):
+        device = next(iter(self.inputs.values())).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
-            return torch.randint(0, 2**62, (1,))
+            return torch.randint(0, 2**62, (1,), device=device)
 
     # Each takes the inputs in order, so that testing.grads_of can differentiate it.
 
@@ -93,8 +103,7 @@ class Problem:
 def output_gradients(problem: Problem, outputs, layout: str = "contiguous"):
     generator = torch.Generator().manual_seed(problem.seed + 1)
     return [
-        testing.in_layout(torch.randn(o.shape, generator=generator).to(o.dtype), layout)
-        for o in outputs
+        testing.in_layout(torch.randn(o.shape, generator=generator).to(o), layout) for o in outputs
     ]
 
 

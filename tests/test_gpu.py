@@ -1,0 +1,138 @@
+"""The kernels on an NVIDIA GPU itself: `make test-gpu`. Nothing here runs in `make test`.
+
+Shapes are the real ones, 16-bit dtypes come first, and what a CPU cannot show is here: side
+streams, CUDA graphs, addresses beyond 2^31 elements, repeats.
+"""
+
+import os
+
+import pytest
+import torch
+from attention_problems import attention_problem, packed_problem
+from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
+from problems import DTYPE_IDS, check
+
+from vitkernels import ops
+from vitkernels.testing import assert_bitwise_equal, available_for
+
+DEVICE = os.environ.get("VITKERNELS_TEST_DEVICE", "cuda")
+KERNELS = ("cuda", "triton")
+DTYPES = [pytest.param(dtype, id=name) for dtype, name in DTYPE_IDS.items()]
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        DEVICE == "cuda" and not torch.cuda.is_available(), reason="no NVIDIA GPU is visible"
+    ),
+]
+
+
+def kernels(op):
+    """Those of this operator: what is missing on a GPU machine is a failure, not a skip."""
+    return [b for b in KERNELS if b != "cuda" or op.endswith(("norm", "norm_add"))]
+
+
+def needs(backend, op):
+    assert backend in available_for(op, DEVICE), f"{op}: {backend} cannot run on {DEVICE}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", (1, 3, 96, 192, 384, 768, 1000, 1024, 1280, 1536, 4096, 8192))
+@pytest.mark.parametrize("backend", kernels("add_layer_norm"))
+def test_add_layer_norm(backend, channels, dtype):
+    needs(backend, "add_layer_norm")
+    problem = layer_norm_problem((3, 197, channels), dtype).to(DEVICE)
+    check(problem, backend, shape_class=f"C{channels}")
+
+
+@pytest.mark.parametrize("layout", ("transposed", "sliced", "expanded", "misaligned"))
+@pytest.mark.parametrize("backend", kernels("add_layer_norm"))
+def test_add_layer_norm_layouts(backend, layout):
+    needs(backend, "add_layer_norm")
+    problem = layer_norm_problem((4, 50, 384), torch.bfloat16).to(DEVICE)
+    check(problem, backend, shape_class="C384", layout=layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", (96, 768, 1536))
+@pytest.mark.parametrize("backend", kernels("layer_norm_add"))
+def test_layer_norm_add(backend, channels, dtype):
+    needs(backend, "layer_norm_add")
+    problem = layer_norm_add_problem((3, 196, channels), dtype).to(DEVICE)
+    check(problem, backend, shape_class=f"C{channels}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", (16, 32, 48, 64, 72, 80, 88, 96, 128))
+@pytest.mark.parametrize("N", (1, 49, 50, 64, 197, 257, 577, 1025))
+@pytest.mark.parametrize("backend", kernels("attention"))
+def test_attention(backend, N, D, dtype):
+    needs(backend, "attention")
+    problem = packed_problem((2, N, 3, D), dtype).to(DEVICE)
+    factor = 0.9 if dtype != torch.float32 and N >= 49 else None
+    check(problem, backend, shape_class=f"N{N} D{D}", rmse_factor=factor)
+
+
+@pytest.mark.parametrize("bias", ((2, 3, 197, 197), (1, 3, 197, 197), (1, 1, 197, 197)))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", kernels("attention"))
+def test_attention_with_bias(backend, dtype, bias):
+    needs(backend, "attention")
+    problem = attention_problem((2, 197, 3, 64), dtype, bias=bias).to(DEVICE)
+    check(problem, backend, shape_class=f"N197 bias{bias}")
+
+
+@pytest.mark.parametrize("op", ("add_layer_norm", "attention_qkvpacked"))
+@pytest.mark.parametrize("backend", KERNELS)
+def test_repeats_are_bitwise_equal(backend, op):
+    if backend not in kernels(op):
+        return
+    call, leaf = _small_call(op, backend)
+    first = torch.autograd.grad(call().float().square().sum(), leaf)[0]
+    for _ in range(250):
+        again = torch.autograd.grad(call().float().square().sum(), leaf)[0]
+        assert_bitwise_equal(first, again, f"{op} {backend}")
+
+
+@pytest.mark.parametrize("op", ("add_layer_norm", "attention_qkvpacked"))
+@pytest.mark.parametrize("backend", KERNELS)
+def test_side_stream_and_graph_capture(backend, op):
+    if backend not in kernels(op) or DEVICE != "cuda":
+        return
+    call, _ = _small_call(op, backend)
+    with torch.no_grad():
+        expected = call()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            on_the_side = call()
+        torch.cuda.current_stream().wait_stream(stream)
+        assert_bitwise_equal(expected, on_the_side, f"{op} {backend} on a side stream")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_bitwise_equal(expected, captured, f"{op} {backend} from a CUDA graph")
+
+
+@pytest.mark.parametrize("backend", kernels("add_layer_norm"))
+def test_more_than_2_31_elements(backend):
+    if DEVICE != "cuda":
+        return
+    x = torch.zeros(2**31 // 1024 + 8, 1024, device=DEVICE, dtype=torch.bfloat16)
+    x[-4:] = torch.randn(4, 1024, device=DEVICE)
+    y, _ = ops.add_layer_norm(x, None, None, None, backend=backend)
+    assert_bitwise_equal(
+        y[-4:], ops.add_layer_norm(x[-4:], None, None, None, backend=backend)[0], backend
+    )
+
+
+def _small_call(op, backend):
+    needs(backend, op)
+    if op == "add_layer_norm":
+        x = torch.randn(8, 197, 384, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        gamma = torch.randn(384, device=DEVICE)
+        return lambda: ops.add_layer_norm(x, x, gamma, None, gamma=gamma, backend=backend)[0], x
+    qkv = torch.randn(4, 197, 3 * 6 * 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    return lambda: ops.attention_qkvpacked(qkv, 6, backend=backend), qkv
