@@ -23,6 +23,8 @@ def pytest_configure(config):
         # Both are read when Triton and vitkernels are first imported, so they come before.
         os.environ["TRITON_INTERPRET"] = "1"
         os.environ["VITKERNELS_EMULATE"] = "1"
+        # The order in which emulated threads run; its errors name the seed.
+        os.environ.setdefault("VITKERNELS_EMULATOR_SEED", config.option.seed)
     if "PYTEST_XDIST_WORKER" in os.environ:
         import torch
 

@@ -101,6 +101,14 @@ def test_compiled_for_every_architecture_without_a_warning(source):
 
 @needs_nvcc
 @each_cu
+def test_both_builds_compile_it(source):
+    stem = "_".join(source.relative_to(CSRC).parts)
+    for build in ("cuda", "emu"):
+        assert (OBJECTS / f"{stem}.{build}.o").exists(), "make build"
+
+
+@needs_nvcc
+@each_cu
 def test_nothing_spills(source):
     spilling = {k: u for k, u in compiled(source).items() if u["spills"] or u["stack"]}
     assert not spilling
