@@ -75,7 +75,7 @@ def add_layer_norm(
     )
     chosen = choose("add_layer_norm", BACKENDS, backend, x.device, dtypes)
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
-    row_scale = None if row_scale is None else row_scale.to(torch.float32)
+    row_scale = None if row_scale is None else row_scale.to(_stat_dtype(x))
     args = (
         x,
         residual,
@@ -132,7 +132,7 @@ def layer_norm_add(
     _check_layer_norm_add(x, residual, weight, bias, eps, row_scale)
     dtypes = tuple(t.dtype for t in (x, residual, weight, bias) if t is not None)
     chosen = choose("layer_norm_add", BACKENDS, backend, x.device, dtypes)
-    row_scale = None if row_scale is None else row_scale.to(torch.float32)
+    row_scale = None if row_scale is None else row_scale.to(_stat_dtype(x))
     args = (x, residual, weight, bias, row_scale, float(eps))
     if chosen == "torch":
         return _stock_layer_norm_add(*args)
@@ -210,10 +210,12 @@ def _stock_layer_norm(x, weight, bias, eps):
 # --- raw operators --------------------------------------------------------------------------------
 
 
+def _stat_dtype(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _stats(x):
-    return x.new_empty(
-        x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
-    )
+    return x.new_empty(x.shape[:-1], dtype=_stat_dtype(x))
 
 
 def _fake_add_layer_norm_fwd(
