@@ -46,6 +46,7 @@ def check(records: list[dict]) -> None:
         assert not r["atomics"], f"{label(r)} uses {r['atomics']}"
         limit = SHARED_LIMIT[r["sm"]]
         assert r["shared"] <= limit, f"{label(r)}: {r['shared']} bytes of shared memory > {limit}"
+        assert r["tensor_memory"] <= 512, f"{label(r)}: {r['tensor_memory']} tensor memory columns"
         half = "float32)" not in r["case"].replace("stream=", "")
         if r["kernel"].startswith("attention") and half:
             assert r["mma"], f"{label(r)} does not use the tensor cores"

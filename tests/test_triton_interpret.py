@@ -58,12 +58,12 @@ def test_head_dims_are_covered_by_one_or_two_tiles():
 def test_plans_cover_every_length(monkeypatch, on_gpu):
     monkeypatch.setattr(plans, "INTERPRETED", not on_gpu)
     for N, D, dtype in itertools.product(range(1, 1601), (64, 80, 128, 256), (FP32, BF16)):
-        flags = list(itertools.product((False, True), repeat=2))
+        flags = list(itertools.product((False, True), repeat=3))
         made = [plans.forward_plan(N, D, dtype, plain) for plain in (False, True)]
         made += [
-            plans.backward_plan(rows, N, D, dtype, resident=resident, narrow=narrow)
+            plans.backward_plan(rows, N, D, dtype, resident=a, narrow=b, tensor_memory=c)
             for rows in (197, N)
-            for resident, narrow in flags
+            for a, b, c in flags
         ]
         for plan in made:
             assert plan.main % plan.block_loop == 0 and 0 <= plan.main < N, plan

@@ -229,9 +229,9 @@ def launch_backward(
     delta = torch.empty_like(lse)
     with on_device(q):
         plain = bias is None and key_padding_mask is None and dropout_p == 0
-        masked = key_padding_mask is not None or dropout_p > 0
-        narrow = masked or capability(q.device) < 90
-        plan = backward_plan(Nq, Nk, D, q.dtype, resident=plain, narrow=narrow)
+        masked, sm = key_padding_mask is not None or dropout_p > 0, capability(q.device)
+        limits = {"narrow": masked or sm < 90, "tensor_memory": 100 <= sm < 120}
+        plan = backward_plan(Nq, Nk, D, q.dtype, resident=plain, **limits)
         groups, per_program = blocks_of_a_head(plan, Nq, B, H, processors)
         _dq_kernel[(groups * H * B,)](
             dout, q, k, v, out, lse, *masks, dq, delta, H, Nq, Nk, groups, per_program, plan.main,
@@ -239,7 +239,7 @@ def launch_backward(
             BIAS_IS_BOOL=bias_is_bool,
         )  # fmt: skip
         if dk is not None or dv is not None:
-            plan = backward_plan(Nk, Nq, D, q.dtype, narrow=narrow)
+            plan = backward_plan(Nk, Nq, D, q.dtype, **limits)
             groups, per_program = blocks_of_a_head(plan, Nk, B, H, processors)
             _dkv_kernel[(groups * H * B,)](
                 dout, q, k, v, lse, delta, *masks, dk, dv, H, Nq, Nk, groups, per_program,
@@ -250,7 +250,8 @@ def launch_backward(
             return None
         pointers, strides = (dout, q, k, v, lse, delta, *masks), (s_dout, s_q, s_k, s_v)
         full = (B, H, Nq, Nk)
-        return launch_dbias(pointers, strides, scalars, common, bias, full, processors, narrow)
+        plan = backward_plan(Nq, 1, D, q.dtype, **limits)
+        return launch_dbias(pointers, strides, scalars, common, bias, full, processors, plan)
 
 
 def _tiles(plan: BackwardPlan, device: torch.device) -> dict:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vitkernels._triton import cdiv, stages
-from vitkernels.ops.attention._triton_plans import backward_plan, dbias_splits
+from vitkernels.ops.attention._triton_plans import dbias_splits
 from vitkernels.ops.attention._triton_tiles import (
     VARYING,
     bias_pointer,
@@ -80,10 +80,9 @@ def _dbias_kernel(
     tl.store(pointers, total.to(partial_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_dbias(pointers, strides, scalars, common, bias, full, processors, narrow):
-    """dbias of the shape and dtype of bias; full = (B, H, Nq, Nk)."""
+def launch_dbias(pointers, strides, scalars, common, bias, full, processors, plan):
+    """dbias of the shape and dtype of bias; full = (B, H, Nq, Nk), plan for blocks of Nq rows."""
     B, H, Nq, Nk = full
-    plan = backward_plan(Nq, 1, common["D"], pointers[1].dtype, narrow=narrow)
     block_m, block_n = plan.block, plan.block_loop
     blocks = (cdiv(Nq, block_m), cdiv(Nk, block_n))
     bias_batch, bias_heads = bias.shape[:2]

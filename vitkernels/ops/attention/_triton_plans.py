@@ -83,12 +83,20 @@ class BackwardPlan(NamedTuple):
 
 
 def backward_plan(
-    rows: int, N: int, D: int, dtype: torch.dtype, *, resident: bool = False, narrow: bool = False
+    rows: int,
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    *,
+    resident: bool = False,
+    narrow: bool = False,
+    tensor_memory: bool = False,
 ) -> BackwardPlan:
     """Tiles for dq (rows = Nq, N = Nk) and for dk and dv (rows = Nk, N = Nq).
 
     resident: the other side may stay in shared memory. narrow: dropout or a mask costs registers,
-    and so does the lack of wgmma before sm_90 (4 KB of spills with a bias).
+    and so does the lack of wgmma before sm_90 (4 KB of spills with a bias). tensor_memory: from
+    sm_100 on products are kept in its 512 columns, and Triton refuses what needs more.
     """
     dims = split_dims(D)
     width = sum(dims)
@@ -102,6 +110,10 @@ def backward_plan(
     elif width <= 64:
         long_rest = (N - 1) % 64 >= 32  # a rest of 64 beside the loop spills 104 bytes
         block, block_loop, num_warps, num_stages = 128, 32 if narrow or long_rest else 64, 8, 2
+    elif tensor_memory:
+        block, block_loop, num_warps, num_stages = (
+            (64, 32, 4, 1) if width <= 128 else (32, 32, 8, 1)
+        )
     elif width <= 128:
         block, block_loop, num_warps, num_stages = 64 if width == 96 else 128, 32, 8, 2
     else:
