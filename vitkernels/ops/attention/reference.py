@@ -36,10 +36,10 @@ def scores(q, k, bias, key_padding_mask, scale):
 
 def probabilities(s):
     """Softmax rows and their log-sum-exp; a row of only -inf gives probabilities 0."""
-    lse = torch.logsumexp(s, -1, keepdim=True)
-    masked = lse == -torch.inf
-    p = torch.exp(s - lse.masked_fill(masked, 0.0))
-    return p, lse.squeeze(-1)
+    masked = (s == -torch.inf).all(-1, keepdim=True)
+    lse = torch.logsumexp(s.masked_fill(masked, 0.0), -1, keepdim=True)
+    p = torch.exp(s - lse)
+    return p, lse.masked_fill(masked, -torch.inf).squeeze(-1)
 
 
 def dropout(p, seed, dropout_p):
