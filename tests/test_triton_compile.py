@@ -47,8 +47,8 @@ def check(records: list[dict]) -> None:
         limit = SHARED_LIMIT[r["sm"]]
         assert r["shared"] <= limit, f"{label(r)}: {r['shared']} bytes of shared memory > {limit}"
         assert r["tensor_memory"] <= 512, f"{label(r)}: {r['tensor_memory']} tensor memory columns"
-        half = "float32)" not in r["case"].replace("stream=", "")
-        if r["kernel"].startswith("attention") and half:
+        fp32 = "torch.float32" in r["case"]  # the dtype of q, k and v
+        if r["kernel"].startswith("attention") and not fp32:
             assert r["mma"], f"{label(r)} does not use the tensor cores"
 
 
@@ -57,7 +57,9 @@ def test_main_settings_for_hopper_use_its_instructions_and_no_others(compiled):
     check(records)
     for r in records:
         if r["kernel"].startswith("attention"):
-            assert r["wgmma"] == ("float32" not in r["case"]), f"{label(r)}: wgmma is {r['wgmma']}"
+            assert r["wgmma"] == ("torch.float32" not in r["case"]), (
+                f"{label(r)}: wgmma is {r['wgmma']}"
+            )
 
 
 def test_main_settings_for_hopper_do_not_spill(compiled):
