@@ -163,7 +163,10 @@ inline void add_dbias_row(const AttentionArgs& a, const float* ds, int64_t i, in
   if (a.dbias_columns == 1) {
     Vec sum = {};
     for_each_vec(n, [&](int64_t j, int m) { sum = sum + load_or(ds + j, m); });
-    out[0] += lane_sum(sum);
+    // Softmax does not see a term that all keys share: the sum of a finite row is 0 but for
+    // rounding.
+    const float total = lane_sum(sum);
+    if (total - total != 0.0f) out[0] += total;
   } else {
     for_each_vec(n, [&](int64_t j, int m) {
       store_or(out + j0 + j, load_or(out + j0 + j, m) + load_or(ds + j, m), m);
