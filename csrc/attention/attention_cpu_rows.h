@@ -65,7 +65,8 @@ VK_INLINE float lane_sum(Vec v) {
 
 // The natural logarithm of positive normal numbers within 1 ulp (Cephes' logf).
 VK_INLINE Vec log(Vec x) {
-  const IVec bits = reinterpret_cast<IVec>(reinterpret_cast<UVec>(x) - 0x3f3504f3u);  // from sqrt(1/2)
+  const IVec bits =
+      reinterpret_cast<IVec>(reinterpret_cast<UVec>(x) - 0x3f3504f3u);  // from sqrt(1/2)
   const IVec exponent = bits >> 23;
   const Vec r = as_float((bits & 0x007fffff) + 0x3f3504f3) - splat(1.0f);
   const Vec e = __builtin_convertvector(exponent, Vec), square = r * r;
