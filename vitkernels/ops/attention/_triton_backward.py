@@ -231,7 +231,8 @@ def launch_backward(
         plain = bias is None and key_padding_mask is None and dropout_p == 0
         masked, sm = key_padding_mask is not None or dropout_p > 0, capability(q.device)
         limits = {"narrow": masked or sm < 90, "tensor_memory": 100 <= sm < 120}
-        plan = backward_plan(Nq, Nk, D, q.dtype, resident=plain, **limits)
+        resident = plain and stages(q.device, 2) > 1  # 112 KB of shared memory on sm_89
+        plan = backward_plan(Nq, Nk, D, q.dtype, resident=resident, **limits)
         groups, per_program = blocks_of_a_head(plan, Nq, B, H, processors)
         _dq_kernel[(groups * H * B,)](
             dout, q, k, v, out, lse, *masks, dq, delta, H, Nq, Nk, groups, per_program, plan.main,

@@ -103,7 +103,7 @@ def backward_plan(
     odd = cdiv(rows, 64) in (1, 3, 5)
     if dtype == torch.float32 and not INTERPRETED:  # products by FMA
         block, block_loop, num_warps, num_stages = 32, 32, 8, 1
-    elif resident and width <= 64 and N <= WHOLE_ROW:
+    elif resident and width <= 64 and N <= WHOLE_ROW and not (tensor_memory and len(dims) > 1):
         return BackwardPlan(0, split_columns(N, 64), dims, 64, 64, 4, 1)
     elif width <= 64 and odd:  # blocks of 128 rows would be padded by 64
         block, block_loop, num_warps, num_stages = 64, 32, 4, 2
