@@ -282,24 +282,26 @@ struct HeadBackward {
     const float* factors = a.dropout ? s.factors + r * s.score_stride : nullptr;
     if (a.dropout)
       dropout_row(a, b * a.H + h, i, j0, n, a.keep_scale, s.factors + r * s.score_stride);
-    // lse in log2 units, in two floats because it shifts every exponent of the row. Masked rows
-    // have scores of -inf only; rows with a NaN become NaN by their inverse, which leaves masked
-    // keys recognisable as 0.
-    const double shift =
-        lse - lse == 0.0f ? static_cast<double>(lse) * kLog2e : 0.0;  // 0: lse is not finite
-    const float high = static_cast<float>(shift), low = static_cast<float>(shift - high);
-    const Vec scale = splat(static_cast<float>(apply_terms ? kLog2e : a.scale * kLog2e));
+    // P = 2^((s - center) scale - low), center = lse in units of the scores; low is what its
+    // rounding lost. 0 when lse is not finite: masked rows have scores of -inf only, and rows with
+    // a NaN become NaN by their inverse, which leaves masked keys recognisable as 0.
+    const float natural = apply_terms ? 1.0f : a.scale;
+    const float center_of_lse = lse - lse == 0.0f ? lse / natural : 0.0f;
+    const Vec scale = splat(static_cast<float>(natural * kLog2e)), center = splat(center_of_lse);
     if (lse == kInf) settle_infinite(scores, columns, scale);
     if (!whole) {
+      const double lost =
+          center_of_lse == 0.0f ? 0.0 : lse - static_cast<double>(center_of_lse) * natural;
+      const Vec low = splat(static_cast<float>(lost * kLog2e));
       for (int64_t j = 0; j < columns; j += kVec)
-        store(scores + j, exp2(fma(load(scores + j), scale, splat(-high)) - splat(low)));
+        store(scores + j, exp2((load(scores + j) - center) * scale - low));
       s.inverse[r] = lse != lse ? lse : 1.0f;
       s.row_delta[r] = s.delta[i];
       return;
     }
     Vec sum = {}, dot = {};
     for (int64_t j = 0; j < columns; j += kVec) {
-      const Vec p = exp2(fma(load(scores + j), scale, splat(-high)));
+      const Vec p = exp2((load(scores + j) - center) * scale);
       Vec dp = load(dprobs + j);
       if (factors != nullptr) dp = dp * load(factors + j);
       sum = sum + p;

@@ -20,7 +20,7 @@ template <class Unit>
 struct ForwardScratch {
   Unit *keys, *values, *queries, *probabilities;
   float *scores, *output, *factors, *terms;
-  float *partials, *sums, *shifts;  // per row: a vector, its reductions
+  float *partials, *sums, *tops;  // per row: a vector, its reductions
   int64_t score_stride, probability_stride, output_stride, bytes;
 
   ForwardScratch(const AttentionArgs& a, void* memory) {
@@ -47,7 +47,7 @@ struct ForwardScratch {
     const int64_t whole_rows = round_up(rows, kVec);
     partials = reinterpret_cast<float*>(take(whole_rows * kVec));
     sums = reinterpret_cast<float*>(take(whole_rows));
-    shifts = reinterpret_cast<float*>(take(whole_rows));
+    tops = reinterpret_cast<float*>(take(whole_rows));
     bytes = p - static_cast<char*>(memory);
   }
 };
@@ -75,16 +75,16 @@ VK_INLINE Vec row_max(const float* scores, int64_t vecs) {
   return max_of_numbers(max_of_numbers(high[0], high[1]), max_of_numbers(high[2], high[3]));
 }
 
-// p = 2^(s * scale - shift) over a row of whole vectors, times the dropout factors where there are
+// p = 2^((s - top) * scale) over a row of whole vectors, times the dropout factors where there are
 // some; P is rounded to bf16 when units are pairs. Returns the lane-wise sum before dropout and
 // rounding.
 template <class Unit>
-VK_INLINE Vec row_probabilities(const float* scores, int64_t vecs, float scale, float shift,
+VK_INLINE Vec row_probabilities(const float* scores, int64_t vecs, float scale, float top,
                                 const float* factors, Unit* out) {
-  const Vec factor = splat(scale), minus_shift = splat(-shift);
+  const Vec factor = splat(scale), most = splat(top);
   Vec sum[2] = {Vec{}, Vec{}};
   const auto probability = [&](int64_t v, Vec& total) {
-    const Vec p = exp2(fma(load(scores + v * kVec), factor, minus_shift));
+    const Vec p = exp2((load(scores + v * kVec) - most) * factor);
     total = total + p;
     return factors == nullptr ? p : p * load(factors + v * kVec);
   };
@@ -97,17 +97,17 @@ VK_INLINE Vec row_probabilities(const float* scores, int64_t vecs, float scale, 
   return sum[0] + sum[1];
 }
 
-// From sums and shifts (log2 units) of rows to what they are wanted for, in place: sums become the
-// factor kept / sum that normalises a row, 0 for a masked row; shifts become log sum exp. As in
+// From sums and largest scores of rows to what they are wanted for, in place: sums become the
+// factor kept / sum that normalises a row, 0 for a masked row; tops become log sum exp. As in
 // torch.logsumexp a row with +inf gives +inf, although its sum is NaN (inf - inf), and a masked row
 // gives -inf.
-inline void finish_sums(float* sums, float* shifts, int64_t rows, float kept) {
+inline void finish_sums(float* sums, float* tops, int64_t rows, float scale, float kept) {
   for (int64_t r = 0; r < rows; r += kVec) {
-    const Vec sum = load(sums + r), shift = load(shifts + r);
+    const Vec sum = load(sums + r), top = load(tops + r);
     const IVec masked = sum == Vec{};
-    const Vec lse = fma(shift, splat(kLn2High), fma(shift, splat(kLn2Low), log(sum)));
-    const Vec special = select(masked, splat(-kInf), select(shift == splat(kInf), shift, sum));
-    store(shifts + r, select(masked | (sum != sum), special, lse));
+    const Vec lse = fma(top, splat(scale), log(sum));
+    const Vec special = select(masked, splat(-kInf), select(top == splat(kInf), top, sum));
+    store(tops + r, select(masked | (sum != sum), special, lse));
     store(sums + r, select(masked, Vec{}, splat(kept) / sum));
   }
 }
@@ -135,7 +135,8 @@ void forward_items(const AttentionArgs& a, int64_t begin, int64_t end, void* mem
                              s.score_stride, false);
 
     const bool apply_terms = terms.active();
-    const float scale = static_cast<float>(apply_terms ? kLog2e : a.scale * kLog2e);
+    const float natural = apply_terms ? 1.0f : a.scale;
+    const float scale = static_cast<float>(natural * kLog2e);
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = s.scores + r * s.score_stride;
       if (apply_terms) {
@@ -145,20 +146,20 @@ void forward_items(const AttentionArgs& a, int64_t begin, int64_t end, void* mem
       fill_tail(scores, a.Nk, -kInf);
       store(s.partials + r * kVec, row_max(scores, vecs));
     }
-    reduce_lanes(s.partials, rows, s.shifts, max_of_numbers);
+    reduce_lanes(s.partials, rows, s.tops, max_of_numbers);
     for (int64_t r = 0; r < rows; ++r) {
-      // A row of -inf is a masked row (sum 0), unless a NaN hides in it (sum NaN): either way its
-      // shift is 0.
-      s.shifts[r] = s.shifts[r] == -kInf ? 0.0f : s.shifts[r] * scale;
+      // A row of -inf is a masked row (sum 0), unless a NaN hides in it (sum NaN): either way 0
+      // stands for its largest score.
+      if (s.tops[r] == -kInf) s.tops[r] = 0.0f;
       if (a.dropout) dropout_row(a, head, i0 + r, 0, a.Nk, 1.0f, s.factors);
-      const Vec sum = row_probabilities(s.scores + r * s.score_stride, vecs, scale, s.shifts[r],
+      const Vec sum = row_probabilities(s.scores + r * s.score_stride, vecs, scale, s.tops[r],
                                         a.dropout ? s.factors : nullptr,
                                         s.probabilities + r * s.probability_stride);
       store(s.partials + r * kVec, sum);
     }
     reduce_lanes(s.partials, rows, s.sums, [](Vec x, Vec y) { return x + y; });
-    finish_sums(s.sums, s.shifts, rows, a.dropout ? a.keep_scale : 1.0f);
-    std::memcpy(a.lse + head * a.Nq + i0, s.shifts, static_cast<size_t>(rows) * sizeof(float));
+    finish_sums(s.sums, s.tops, rows, natural, a.dropout ? a.keep_scale : 1.0f);
+    std::memcpy(a.lse + head * a.Nq + i0, s.tops, static_cast<size_t>(rows) * sizeof(float));
     gemm<ALayout::kRowMajor>(rows, a.D, N, s.probabilities, s.probability_stride, s.values, N, 0,
                              s.output, s.output_stride, false);
     T* out = head_of<T>(a.out, b, h) + i0 * a.out.row;

@@ -10,7 +10,6 @@
 namespace vitkernels {
 namespace {
 
-constexpr float kLn2High = 0.693147182464599609f, kLn2Low = -1.90465429995776804e-9f;
 constexpr double kLog2e = 1.44269504088896341;
 constexpr float kInf = __builtin_inff();
 
@@ -159,8 +158,8 @@ struct ScoreTerms {
         padding(reinterpret_cast<int32_t*>(scratch + 2 * round_up(keys, kVec))) {}
 
   // Scores need a pass of their own: something is added or masked, or the scale does not commute
-  // with the maximum.
-  bool active() const { return has_add || has_keep || !(args.scale > 0.0f && args.scale < kInf); }
+  // with the maximum, or lse / scale could overflow.
+  bool active() const { return has_add || has_keep || !(args.scale > 1e-6f && args.scale < 1e6f); }
 
   void begin(int64_t b, int64_t h, int64_t first, int64_t count) {
     j0 = first, n = count;
