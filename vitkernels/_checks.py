@@ -39,19 +39,22 @@ def tensor(
     meaning: str = "",
 ) -> None:
     """A dense tensor of one of `dtypes` on the device of `like`; `meaning` names its dims."""
-    names = "/".join(str(d).removeprefix("torch.") for d in dtypes)
     if not isinstance(value, torch.Tensor):
-        fail(op, arg, f"a {names} tensor", describe(value), TypeError)
+        fail(op, arg, f"a {_names(dtypes)} tensor", describe(value), TypeError)
     if value.layout != torch.strided:
         fail(op, arg, "a dense (strided) tensor", f"layout {value.layout}", TypeError)
     if value.dtype not in dtypes:
-        fail(op, arg, f"of dtype {names}", describe(value), TypeError)
+        fail(op, arg, f"of dtype {_names(dtypes)}", describe(value), TypeError)
     if ndim is not None and value.ndim != ndim:
         fail(op, arg, f"{ndim}-dimensional{meaning and ' ' + meaning}", describe(value))
-    if shape is not None and tuple(value.shape) != tuple(shape):
+    if shape is not None and value.shape != tuple(shape):
         fail(op, arg, f"of shape {tuple(shape)}{meaning and ' = ' + meaning}", describe(value))
     if like is not None and value.device != like.device:
         fail(op, arg, f"on {like.device} like the first argument", describe(value))
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return "/".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
 def number(

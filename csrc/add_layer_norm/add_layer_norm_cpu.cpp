@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "add_layer_norm/add_layer_norm_cpu.h"
+#include "common/cpu_vec.h"
 #include "common/stable.h"
 
 namespace vitkernels {
@@ -24,29 +25,40 @@ RowsArg output(const Tensor& t, int64_t C, const char* op) {
 
 RowsArg absent(DType dtype = DType::kF32) { return {nullptr, 0, dtype}; }
 
-// A parameter of C values as contiguous fp32, or null; `owner` keeps a converted copy alive.
-const float* as_float(const OptTensor& t, int64_t C, const char* op, const char* name,
-                      OptTensor* owner) {
-  if (!t.has_value()) return nullptr;
-  VK_CHECK(t->numel() == C, op, name, " must have ", C, " elements, got ", t->numel());
-  const bool ready = t->scalar_type() == ScalarType::Float && (C == 1 || t->stride(0) == 1);
-  *owner = ready ? *t : torch::stable::contiguous(torch::stable::to(*t, ScalarType::Float));
-  return static_cast<const float*>((*owner)->const_data_ptr());
-}
+struct FloatParameter {
+  OptTensor tensor;
+  std::vector<float> values;
+};
 
 struct Parameters {
-  OptTensor weight, bias, gamma, row_scale;  // fp32 owners of the pointers handed to kernels
+  FloatParameter weight, bias, gamma, row_scale;
 };
+
+// A parameter of C values as contiguous fp32, or null. A few hundred values are converted here
+// faster than a dispatcher call; `owner` keeps what the pointer needs alive.
+const float* as_float(const OptTensor& t, int64_t C, const char* op, const char* name,
+                      FloatParameter* owner) {
+  if (!t.has_value()) return nullptr;
+  VK_CHECK(t->numel() == C, op, name, " must have ", C, " elements, got ", t->numel());
+  const bool dense = C <= 1 || t->stride(t->dim() - 1) == 1;
+  owner->tensor = dense ? *t : torch::stable::contiguous(*t);
+  const void* data = owner->tensor->const_data_ptr();
+  if (t->scalar_type() == ScalarType::Float) return static_cast<const float*>(data);
+  owner->values.resize(static_cast<size_t>(C));
+  VK_SWITCH_FLOAT(dtype_of(*t, op, name), {
+    const scalar_t* source = static_cast<const scalar_t*>(data);
+    for (int64_t c = 0; c < C; ++c) owner->values[c] = to_float(source[c]);
+  });
+  return owner->values.data();
+}
 
 // The same for LayerNorm's weight and bias, which the kernels always read: an absent one is `value`
 // everywhere.
-const float* as_float_or(const OptTensor& t, float value, const Tensor& like, int64_t C,
-                         const char* op, const char* name, OptTensor* owner) {
+const float* as_float_or(const OptTensor& t, float value, int64_t C, const char* op,
+                         const char* name, FloatParameter* owner) {
   if (t.has_value()) return as_float(t, C, op, name, owner);
-  *owner = empty_like_shape(like, {C}, ScalarType::Float);
-  float* data = static_cast<float*>((*owner)->mutable_data_ptr());
-  std::fill_n(data, C, value);
-  return data;
+  owner->values.assign(static_cast<size_t>(C), value);
+  return owner->values.data();
 }
 
 BranchArgs branch_args(const OptTensor& gamma, const OptTensor& row_scale, const OptTensor& seed,
@@ -135,8 +147,8 @@ std::tuple<Tensor, OptTensor, Tensor, Tensor> add_layer_norm_fwd(
   }
   args.x = arg(x_rows);
   args.y = output(y, C, op);
-  args.weight = as_float_or(weight, 1.0f, mean, C, op, "weight", &owners.weight);
-  args.bias = as_float_or(bias, 0.0f, mean, C, op, "bias", &owners.bias);
+  args.weight = as_float_or(weight, 1.0f, C, op, "weight", &owners.weight);
+  args.bias = as_float_or(bias, 0.0f, C, op, "bias", &owners.bias);
   args.mean = static_cast<float*>(mean.mutable_data_ptr());
   args.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   args.branch = branch_args(gamma, row_scale, seed, dropout_p, x, x_rows.rows, op, &owners);
@@ -189,7 +201,7 @@ std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> add_layer_norm
   args.z = arg(z_rows);
   args.dx = dx.has_value() ? output(*dx, C, op) : absent(dtype_of(x_dtype, op, "x_dtype"));
   args.dresidual = dresidual.has_value() ? output(*dresidual, C, op) : absent();
-  args.weight = as_float_or(weight, 1.0f, mean, C, op, "weight", &owners.weight);
+  args.weight = as_float_or(weight, 1.0f, C, op, "weight", &owners.weight);
   args.mean = static_cast<const float*>(mean.const_data_ptr());
   args.rstd = static_cast<const float*>(rstd.const_data_ptr());
   args.branch = branch_args(gamma, row_scale, seed, dropout_p, z, z_rows.rows, op, &owners);
@@ -213,8 +225,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_add_fwd(Tensor x, Tensor residual,
   args.x = arg(x_rows);
   args.residual = arg(residual_rows);
   args.y = output(out, C, op);
-  args.weight = as_float_or(weight, 1.0f, mean, C, op, "weight", &owners.weight);
-  args.bias = as_float_or(bias, 0.0f, mean, C, op, "bias", &owners.bias);
+  args.weight = as_float_or(weight, 1.0f, C, op, "weight", &owners.weight);
+  args.bias = as_float_or(bias, 0.0f, C, op, "bias", &owners.bias);
   args.mean = static_cast<float*>(mean.mutable_data_ptr());
   args.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   args.branch =
@@ -244,7 +256,7 @@ std::tuple<OptTensor, OptTensor, OptTensor> layer_norm_add_bwd(Tensor dout, Tens
   args.dy = arg(dout_rows);
   args.z = arg(x_rows);
   args.dx = dx.has_value() ? output(*dx, C, op) : absent(x_rows.dtype);
-  args.weight = as_float_or(weight, 1.0f, mean, C, op, "weight", &owners.weight);
+  args.weight = as_float_or(weight, 1.0f, C, op, "weight", &owners.weight);
   args.mean = static_cast<const float*>(mean.const_data_ptr());
   args.rstd = static_cast<const float*>(rstd.const_data_ptr());
   args.branch =

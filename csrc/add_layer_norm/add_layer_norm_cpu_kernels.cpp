@@ -92,6 +92,13 @@ VK_INLINE Vec first_n(Vec v, int n) {
 
 // ---- forward
 
+// Lines that a later row will write: at 4 bytes an element the stores wait for them (225 -> 175 ns
+// a row of 384 out of cache); at 2 bytes they do not.
+template <class T>
+VK_INLINE void prefetch_output(const T* p) {
+  if (sizeof(T) == 4) __builtin_prefetch(p, 1);
+}
+
 using RowPass = float (*)(const NormForwardArgs&, int64_t row, float scale, const float* multiplier,
                           float* z);
 
@@ -103,10 +110,12 @@ float add_row(const NormForwardArgs& args, int64_t row, float scale, const float
   const X* x = row_of<X>(args.x, row);
   const R* residual = row_of<R>(args.residual, row);
   R* out = row_of<R>(args.z, row);
+  const int64_t ahead = kRowBlock * args.z.stride;
   Sums sums;
   const Vec factor = splat(scale);
   for_row(args.C, [&](int64_t c, int n, int k) {
     Vec branch = load_or(x + c, n) * factor;
+    prefetch_output(out + ahead + c);
     if (kMultiply) branch = branch * load_or(multiplier + c, n);
     const Vec v = store_rounded(out + c, load_or(residual + c, n) + branch, n);
     store(z + c, v);
@@ -160,11 +169,13 @@ template <class Y>
 void write_normalized(const NormForwardArgs& args, int64_t row, float, const float* z, float mean,
                       float rstd) {
   Y* y = row_of<Y>(args.y, row);
+  const int64_t ahead = kRowBlock * args.y.stride;
   const float *weight = args.weight, *bias = args.bias;
   const Vec centre = splat(mean), factor = splat(rstd);
   for_row(args.C, [=](int64_t c, int n, int) {
     const Vec xhat = (load(z + c) - centre) * factor;
     store_or(y + c, fma(xhat, load_or(weight + c, n), load_or(bias + c, n)), n);
+    prefetch_output(y + ahead + c);
   });
 }
 
@@ -246,7 +257,9 @@ struct RowMeans {
 };
 
 // Both passes take kRows rows at once: the weight gradients, read and written for every vector,
-// then cross the L1 cache once for all of them.
+// then cross the L1 cache once for all of them. That many short streams escape the hardware
+// prefetcher, so each pass asks for its rows of the next block (255 -> 155 ns a row of 384 in bf16,
+// out of cache).
 using GradPass = void (*)(const NormBackwardArgs&, int64_t row, Scratch&, RowMeans* means);
 using OutPass = void (*)(const NormBackwardArgs&, int64_t row, Scratch&, const RowMeans* means);
 
@@ -277,6 +290,8 @@ void normalize_grad(const NormBackwardArgs& args, int64_t row, Scratch& scratch,
       // Subtracted first: a constant row then has xhat = 0 exactly, whatever rstd is.
       const Vec h = first_n((load_or(z[r] + c, n) - centre[r]) * factor[r], n);
       Vec d = load_or(dy[r] + c, n);
+      __builtin_prefetch(dy[r] + kRows * args.dy.stride + c);
+      __builtin_prefetch(z[r] + kRows * args.z.stride + c);
       if (kScaled) d = d * sample[r];
       dw = fma(d, h, dw);
       db = db + d;
@@ -328,6 +343,7 @@ void write_grads(const NormBackwardArgs& args, int64_t row, Scratch& scratch,
     Vec dg = has_x ? load_or(dgamma + c, n) : Vec{};
     for (int r = 0; r < kRows; ++r) {
       Vec g = has_dz ? load_or(dz[r] + c, n) : Vec{};
+      if (has_dz) __builtin_prefetch(dz[r] + kRows * args.dz.stride + c);
       if (normalized) {
         const Vec centred = fma(load(xhat[r] + c), mean2[r], load(wdy[r] + c) + mean1[r]);
         g = fma(centred, factor[r], g);
@@ -340,6 +356,7 @@ void write_grads(const NormBackwardArgs& args, int64_t row, Scratch& scratch,
       }
       if (has_x && scale[r] != 0.0f) {
         Vec branch = load_or(x[r] + c, n);
+        __builtin_prefetch(x[r] + kRows * args.x.stride + c);
         if (dropout) branch = branch * load_or(keep[r] + c, n);
         dg = fma(scaled, branch, dg);
       }
