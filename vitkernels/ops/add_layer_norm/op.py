@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ... import _checks
-from ..._dispatch import Backend, autocast_dtype, choose, declare, needs_autograd, overload
+from ..._dispatch import (
+    Backend,
+    autocast_dtype,
+    choose,
+    declare,
+    keep_signature,
+    needs_autograd,
+    overload,
+)
 from .._random import draw_seed
 from . import reference
 
@@ -300,6 +308,7 @@ declare(
 # --- autograd -------------------------------------------------------------------------------------
 
 
+@keep_signature
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(backend, *args):
@@ -351,6 +360,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return None, dx, dresidual, dweight, dbias, dgamma, None, None, None, None, None
 
 
+@keep_signature
 class _LayerNormAdd(torch.autograd.Function):
     @staticmethod
     def forward(backend, *args):

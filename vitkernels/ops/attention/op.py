@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ... import _checks
-from ..._dispatch import Backend, autocast_dtype, choose, declare, needs_autograd, overload
+from ..._dispatch import (
+    Backend,
+    autocast_dtype,
+    choose,
+    declare,
+    keep_signature,
+    needs_autograd,
+    overload,
+)
 from .._random import draw_seed
 from . import reference
 
@@ -321,6 +329,7 @@ declare(
 # --- autograd -------------------------------------------------------------------------------------
 
 
+@keep_signature
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(backend, *args):
@@ -348,6 +357,7 @@ class _Attention(torch.autograd.Function):
         return None, dq, dk, dv, dbias, None, None, None, None
 
 
+@keep_signature
 class _AttentionQkvPacked(torch.autograd.Function):
     @staticmethod
     def forward(backend, *args):
