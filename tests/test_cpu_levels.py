@@ -1,0 +1,40 @@
+"""The numbers of each CPU instruction-set level that this machine runs, one process per level."""
+
+import collections
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vitkernels import _native
+from vitkernels.testing import cases
+
+HERE = Path(__file__).parent
+MACHINE = _native.build_facts().cpu_isa()
+LEVELS = _native.CPU_ISA_LEVELS[: _native.CPU_ISA_LEVELS.index(MACHINE) + 1]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_forward_and_gradients(level, hardware_environment):
+    path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, str(HERE / "cpu_level_cases.py")],
+        env=hardware_environment | {"VITKERNELS_CPU_ISA": level, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["level"] == level
+    counts = collections.Counter(op for op, *_ in report["cases"])
+    assert counts == {
+        "add_layer_norm": 32,
+        "layer_norm_add": 20,
+        "attention": 63,
+        "attention_qkvpacked": 60,
+    }
+    cases.merge(report["cases"])
