@@ -7,7 +7,7 @@ PIP     := $(PY) -m pip install --quiet --disable-pip-version-check
 JOBS    ?= 2
 # The demo builds CUDA code only where a GPU can run it, to start fast; tests build it wherever nvcc is found.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0)
-BUILD   := $(PY) setup.py --quiet build_ext --inplace
+BUILD   := VITKERNELS_WERROR=1 $(PY) setup.py --quiet build_ext --inplace
 PYTEST  := $(PY) -m pytest
 CPP     := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 2>/dev/null)
 

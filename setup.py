@@ -15,6 +15,7 @@ VITKERNELS_EMULATOR={0,1}, CXX, NVCC, MAX_JOBS.
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 
-WARNINGS = "-Wall -Wextra -Werror -Wno-psabi -Wno-maybe-uninitialized"
+# Warnings are errors in this project's own builds (see the Makefile), never in a user's install.
+WERROR = os.environ.get("VITKERNELS_WERROR") == "1"
+WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized" + (" -Werror" if WERROR else "")
 CXX_FLAGS = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast {WARNINGS}"
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
@@ -43,8 +46,10 @@ CUDA_ARCHS = {
     "90a": "-gencode=arch=compute_90a,code=sm_90a",
 }
 NVCC_FLAGS = (
-    "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra --Werror=all-warnings"
-    " -lineinfo --expt-relaxed-constexpr -Xptxas=-v,-warn-spills -Xfatbin=-compress-all -DUSE_CUDA"
+    "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
+    + (" --Werror=all-warnings" if WERROR else "")
+    + " -lineinfo --expt-relaxed-constexpr -Xptxas=-v,-warn-spills -Xfatbin=-compress-all"
+    + " -DUSE_CUDA"
 )
 
 
@@ -104,7 +109,15 @@ class Ninja:
             program = shutil.which("ninja") or sys.exit(
                 "vitkernels: ninja is missing: pip install ninja"
             )
-        subprocess.run([program, "-C", str(self.out), "-j", jobs], check=True)
+        if subprocess.run([program, "-C", str(self.out), "-j", jobs]).returncode != 0:
+            sys.exit(
+                "vitkernels: the compiler failed (its message is above); VITKERNELS_NATIVE=0 "
+                "installs without native code, VITKERNELS_CUDA=0 without CUDA"
+            )
+
+
+def quote(path: Path | str) -> str:
+    return shlex.quote(str(path))
 
 
 def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
@@ -123,10 +136,9 @@ def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
             "the torch, reference and Triton backends remain"
         )
         return None
-    quoted = str(torch).replace(" ", "\\ ")
-    torch_flags = f"-isystem {quoted}/include {STABLE_ABI}"
-    include = f"-I {str(CSRC).replace(' ', chr(92) + ' ')}"
-    link = f"-shared -L {quoted}/lib -Wl,--no-as-needed -ltorch_cpu"
+    torch_flags = f"-isystem {quote(torch / 'include')} {STABLE_ABI}"
+    include = f"-I {quote(CSRC)}"
+    link = f"-shared -L {quote(torch / 'lib')} -Wl,--no-as-needed -ltorch_cpu"
     n = Ninja(build_dir)
     n.rule("cxx", f"{cxx} {CXX_FLAGS} {include} $flags -MMD -MF $out.d -c $in -o $out")
     n.rule("link", f"{cxx} $in $flags -o $out")
@@ -144,7 +156,7 @@ def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
 
     cu_files = sorted(CSRC.glob("*/*.cu"))
     if os.environ.get("VITKERNELS_EMULATOR") == "1":
-        flags = f"-x c++ -I {str(CSRC / 'emulator').replace(' ', chr(92) + ' ')} {torch_flags}"
+        flags = f"-x c++ -I {quote(CSRC / 'emulator')} {torch_flags}"
         flags += " -Wno-unknown-pragmas"  # nvcc's "#pragma unroll"
         n.rule("emu", f"{cxx} {CXX_FLAGS} $flags {include} -MMD -MF $out.d -c $in -o $out")
         objects = [n.compile("emu", source, flags, "emu") for source in cu_files]
@@ -176,7 +188,8 @@ def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
 
         facts = {"cxx": cxx, "nvcc": nvcc or "", "isa_levels": ",".join(ISA_LEVELS)}
         defines = " ".join(f"-DVK_{k.upper()}='\"{v}\"'" for k, v in facts.items())
-        includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
+        python = sysconfig.get_paths()["include"]
+        includes = f"-isystem {quote(pybind11.get_include())} -isystem {quote(python)}"
         objects = [n.compile("cxx", CSRC / "bindings.cpp", f"{includes} {defines}"), *common]
         n.link(target_dir / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", objects, "-shared")
     return n

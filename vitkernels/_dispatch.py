@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _native
 
@@ -141,7 +142,7 @@ def choose(
     replaced.
     """
     name = requested if requested is not None else _forced
-    if device.type == "meta":
+    if device.type == "meta" and (name is None or name in BACKEND_NAMES):
         return "reference"
     if name is not None:
         for backend in table:
@@ -259,6 +260,16 @@ def available_backends() -> list[str]:
 
 
 def needs_autograd(*tensors: torch.Tensor | None) -> bool:
+    """Whether the call must go through its autograd.Function.
+
+    A dual tensor of forward-mode AD must too: the Function refuses it, a raw operator would drop
+    the tangent without a word.
+    """
+    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if forward_mode and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        return True
     if not torch.is_grad_enabled():
         return False
     return any(t is not None and t.requires_grad for t in tensors)

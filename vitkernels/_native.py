@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -29,13 +30,15 @@ def _load(name: str, how_to_build: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} does not load: {error}"
+        return f"{path.name} does not load: {error.__cause__ or error}"
     return None
 
 
 def _load_cuda() -> str | None:
     if EMULATE:
         return _load("vitkernels_emu", "VITKERNELS_EMULATE=1 needs it: make build")
+    if torch.version.cuda is None:
+        return "this torch is built for CPUs only (install a CUDA build of torch)"
     reason = _load(
         "vitkernels_cuda", "needs nvcc at build time: install the CUDA toolkit, then make build"
     )
@@ -53,6 +56,14 @@ def _find_triton() -> str | None:
         "no NVIDIA GPU is visible to torch (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     )
 
+
+_wanted_isa = os.environ.get("VITKERNELS_CPU_ISA")
+if _wanted_isa is not None and _wanted_isa not in CPU_ISA_LEVELS:
+    warnings.warn(
+        f"vitkernels: VITKERNELS_CPU_ISA must be one of {CPU_ISA_LEVELS}, "
+        f"got {_wanted_isa!r}: ignored",
+        stacklevel=2,
+    )
 
 # backend -> None when it can run here, else the reason. "torch" and "reference" always can.
 missing: dict[str, str | None] = {

@@ -32,6 +32,7 @@ struct FloatParameter {
 
 struct Parameters {
   FloatParameter weight, bias, gamma, row_scale;
+  OptTensor mean, rstd;
 };
 
 // A parameter of C values as contiguous fp32, or null. A few hundred values are converted here
@@ -40,7 +41,8 @@ const float* as_float(const OptTensor& t, int64_t C, const char* op, const char*
                       FloatParameter* owner) {
   if (!t.has_value()) return nullptr;
   VK_CHECK(t->numel() == C, op, name, " must have ", C, " elements, got ", t->numel());
-  const bool dense = C <= 1 || t->stride(t->dim() - 1) == 1;
+  VK_CHECK(t->dim() == 1, op, name, " must have one dimension, got ", t->dim());
+  const bool dense = C <= 1 || t->stride(0) == 1;
   owner->tensor = dense ? *t : torch::stable::contiguous(*t);
   const void* data = owner->tensor->const_data_ptr();
   if (t->scalar_type() == ScalarType::Float) return static_cast<const float*>(data);
@@ -69,10 +71,12 @@ BranchArgs branch_args(const OptTensor& gamma, const OptTensor& row_scale, const
   branch.gamma = as_float(gamma, C, op, "gamma", &owners->gamma);
   branch.row_scale = as_float(row_scale, B, op, "row_scale", &owners->row_scale);
   branch.rows_per_sample = B == 0 ? 1 : std::max<int64_t>(1, rows / B);
+  VK_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, op, "dropout_p must be in [0, 1), got ", dropout_p);
   if (dropout_p > 0.0) {
-    VK_CHECK(seed.has_value(), op, "seed must be given when dropout_p > 0");
+    VK_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
+             "seed must be one int64 when dropout_p > 0");
     branch.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-    branch.threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 4294967296.0));
+    branch.threshold = static_cast<uint64_t>(std::nearbyint(dropout_p * 4294967296.0));
     branch.dropout_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
   }
   return branch;
@@ -86,6 +90,24 @@ std::vector<int64_t> rows_shape(const Tensor& x) {
   std::vector<int64_t> shape = shape_of(x);
   shape.pop_back();
   return shape;
+}
+
+// Saved statistics: one fp32 value a row.
+const float* statistics(const Tensor& t, int64_t rows, const char* op, const char* name,
+                        OptTensor* owner) {
+  VK_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == rows, op, name,
+           " must hold one float32 for each of the ", rows, " rows, got ", t.numel(), " values");
+  *owner = torch::stable::contiguous(t);
+  return static_cast<const float*>((*owner)->const_data_ptr());
+}
+
+// The gradient of a parameter of C values, in its dtype, or nothing.
+OptTensor parameter_grad(bool wanted, const OptTensor& parameter, int64_t C, const char* op,
+                         const char* name) {
+  if (!wanted) return std::nullopt;
+  VK_CHECK(parameter.has_value() && parameter->dim() == 1 && parameter->numel() == C, op, name,
+           " must be given with ", C, " values for its gradient");
+  return empty_like_shape(*parameter, {C}, parameter->scalar_type());
 }
 
 void run_forward(const NormForwardArgs& args, int64_t rows,
@@ -138,6 +160,8 @@ std::tuple<Tensor, OptTensor, Tensor, Tensor> add_layer_norm_fwd(
   Tensor rstd = empty_like_shape(x, rows_shape(x), ScalarType::Float);
   OptTensor z;
   std::optional<Rows> residual_rows;
+  VK_CHECK(residual.has_value() || (!gamma.has_value() && !row_scale.has_value() && dropout_p == 0),
+           op, "residual must be given when the branch is scaled or dropped");
   if (residual.has_value()) {
     check_same_shape(x, *residual, op, "residual");
     residual_rows = as_rows(*residual, op, "residual");
@@ -170,16 +194,12 @@ std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> add_layer_norm
   Parameters owners;
   NormBackwardArgs args{};
   std::optional<Rows> dy_rows, dz_rows, x_rows;
-  const auto made = [&](int i, const OptTensor& like) -> OptTensor {
-    if (!output_mask[i]) return std::nullopt;
-    VK_CHECK(like.has_value(), op,
-             "output_mask asks for the gradient of an argument that is absent");
-    return empty_like_shape(z, shape_of(*like), like->scalar_type());
-  };
   OptTensor dx, dresidual;
   if (output_mask[0]) dx = empty_like_shape(z, shape_of(z), x_dtype);
   if (output_mask[1]) dresidual = empty_like_shape(z, shape_of(z), z.scalar_type());
-  const OptTensor sums[3] = {made(2, weight), made(3, bias), made(4, gamma)};
+  const OptTensor sums[3] = {parameter_grad(output_mask[2], weight, C, op, "weight"),
+                             parameter_grad(output_mask[3], bias, C, op, "bias"),
+                             parameter_grad(output_mask[4], gamma, C, op, "gamma")};
   if (dy.has_value()) {
     check_same_shape(z, *dy, op, "dy");
     dy_rows = as_rows(*dy, op, "dy");
@@ -194,6 +214,7 @@ std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> add_layer_norm
   }
   if (sums[2].has_value()) {
     VK_CHECK(x.has_value(), op, "x must be given for the gradient of gamma");
+    check_same_shape(z, *x, op, "x");
     x_rows = as_rows(*x, op, "x");
     VK_CHECK(x->scalar_type() == x_dtype, op, "x must have x_dtype");
     args.x = arg(*x_rows);
@@ -202,8 +223,8 @@ std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> add_layer_norm
   args.dx = dx.has_value() ? output(*dx, C, op) : absent(dtype_of(x_dtype, op, "x_dtype"));
   args.dresidual = dresidual.has_value() ? output(*dresidual, C, op) : absent();
   args.weight = as_float_or(weight, 1.0f, C, op, "weight", &owners.weight);
-  args.mean = static_cast<const float*>(mean.const_data_ptr());
-  args.rstd = static_cast<const float*>(rstd.const_data_ptr());
+  args.mean = statistics(mean, z_rows.rows, op, "mean", &owners.mean);
+  args.rstd = statistics(rstd, z_rows.rows, op, "rstd", &owners.rstd);
   args.branch = branch_args(gamma, row_scale, seed, dropout_p, z, z_rows.rows, op, &owners);
   args.C = C;
   run_backward(args, z_rows.rows, z, sums, op);
@@ -250,15 +271,15 @@ std::tuple<OptTensor, OptTensor, OptTensor> layer_norm_add_bwd(Tensor dout, Tens
   Parameters owners;
   OptTensor dx, dweight, dbias;
   if (output_mask[0]) dx = empty_like_shape(x, shape_of(x), x.scalar_type());
-  if (output_mask[1]) dweight = empty_like_shape(*weight, shape_of(*weight), weight->scalar_type());
-  if (output_mask[2]) dbias = empty_like_shape(*bias, shape_of(*bias), bias->scalar_type());
+  dweight = parameter_grad(output_mask[1], weight, C, op, "weight");
+  dbias = parameter_grad(output_mask[2], bias, C, op, "bias");
   NormBackwardArgs args{};
   args.dy = arg(dout_rows);
   args.z = arg(x_rows);
   args.dx = dx.has_value() ? output(*dx, C, op) : absent(x_rows.dtype);
   args.weight = as_float_or(weight, 1.0f, C, op, "weight", &owners.weight);
-  args.mean = static_cast<const float*>(mean.const_data_ptr());
-  args.rstd = static_cast<const float*>(rstd.const_data_ptr());
+  args.mean = statistics(mean, x_rows.rows, op, "mean", &owners.mean);
+  args.rstd = statistics(rstd, x_rows.rows, op, "rstd", &owners.rstd);
   args.branch =
       branch_args(std::nullopt, row_scale, std::nullopt, 0.0, x, x_rows.rows, op, &owners);
   args.dy_row_scale = args.branch.row_scale;

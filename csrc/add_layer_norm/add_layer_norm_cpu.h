@@ -15,7 +15,7 @@ struct BranchArgs {
   const float* row_scale;
   int64_t rows_per_sample;
   uint64_t seed;
-  uint32_t threshold;   // dropout keeps where the Philox word is >= threshold
+  uint64_t threshold;   // dropout keeps where the Philox word is >= threshold
   float dropout_scale;  // 1 / (1 - p); 0 switches dropout off
 };
 

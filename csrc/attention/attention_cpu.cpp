@@ -92,8 +92,12 @@ void set_options(AttentionArgs* args, const OptTensor& bias, const OptTensor& ke
                " must be 1 or ", full[d], ", got ", bias->size(d));
       strides[d] = bias->size(d) == 1 ? 0 : bias->stride(d);
     }
-    args->bias = {bias->const_data_ptr(),     strides[0], strides[1], strides[2], strides[3],
-                  dtype_of(*bias, op, "bias")};
+    args->bias = {bias->const_data_ptr(),
+                  strides[0],
+                  strides[1],
+                  strides[2],
+                  strides[3],
+                  float_or_bool_dtype_of(*bias, op, "bias")};
   }
   if (key_padding_mask.has_value()) {
     check_like(*key_padding_mask, {args->B, args->Nk}, ScalarType::Bool, op, "key_padding_mask");
@@ -107,8 +111,7 @@ void set_options(AttentionArgs* args, const OptTensor& bias, const OptTensor& ke
              "seed must be one int64 when dropout_p > 0");
     args->dropout = true;
     args->seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-    args->threshold =
-        static_cast<uint32_t>(std::min(4294967295.0, std::nearbyint(dropout_p * 4294967296.0)));
+    args->threshold = static_cast<uint64_t>(std::nearbyint(dropout_p * 4294967296.0));
     args->keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
   }
 }

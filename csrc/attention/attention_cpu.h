@@ -34,7 +34,7 @@ struct AttentionArgs {
   int64_t padding_batch, padding_column;
   bool dropout;
   uint64_t seed;
-  uint32_t threshold;  // keep where the Philox word is >= threshold
+  uint64_t threshold;  // keep where the Philox word is >= threshold
   float keep_scale;    // 1 / (1 - p)
 
   // Backward only.

@@ -29,7 +29,7 @@ VK_INLINE uint32_t philox_word(uint64_t seed, uint64_t index) {
 
 struct Dropout {
   uint64_t seed;
-  uint32_t threshold;  // keep where the word is >= threshold = round(p * 2^32)
+  uint64_t threshold;  // keep where the word is >= threshold = round(p * 2^32)
   float scale;         // 1 / (1 - p)
   bool active;
 };
@@ -78,8 +78,7 @@ VK_INLINE void dropout_factors(const Dropout& dropout, uint64_t index, int64_t n
   for (int l = 0; l < kWords; ++l) lanes[l] = static_cast<uint64_t>(l);
   for (; i + kWords <= n; i += kWords) {
     const WVec words = philox_words(dropout.seed, lanes + (index + static_cast<uint64_t>(i)));
-    const HalfMask keep =
-        __builtin_convertvector(words >= static_cast<uint64_t>(dropout.threshold), HalfMask);
+    const HalfMask keep = __builtin_convertvector(words >= dropout.threshold, HalfMask);
     const HalfVec factors =
         reinterpret_cast<HalfVec>(keep & reinterpret_cast<HalfMask>(dropout.scale - HalfVec{}));
     std::memcpy(out + i, &factors, sizeof factors);

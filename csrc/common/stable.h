@@ -32,8 +32,6 @@ inline DType dtype_of(ScalarType type, const char* op, const char* name) {
       return DType::kBF16;
     case ScalarType::Half:
       return DType::kF16;
-    case ScalarType::Bool:
-      return DType::kBool;
     default:
       VK_CHECK(false, op, name, " must be float32, bfloat16 or float16, got scalar type ",
                static_cast<int>(type));
@@ -43,6 +41,11 @@ inline DType dtype_of(ScalarType type, const char* op, const char* name) {
 
 inline DType dtype_of(const Tensor& t, const char* op, const char* name) {
   return dtype_of(t.scalar_type(), op, name);
+}
+
+// For an attention bias, which may be a mask.
+inline DType float_or_bool_dtype_of(const Tensor& t, const char* op, const char* name) {
+  return t.scalar_type() == ScalarType::Bool ? DType::kBool : dtype_of(t, op, name);
 }
 
 inline Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape,
@@ -85,6 +88,7 @@ inline Rows as_rows(const Tensor& t, const char* op, const char* name) {
   int64_t stride = 0;
   Tensor owner = has_uniform_rows(t, &stride) ? t : torch::stable::contiguous(t);
   const int64_t C = t.size(t.dim() - 1);
+  VK_CHECK(C >= 1, op, name, " must have at least one column");
   if (!has_uniform_rows(owner, &stride)) stride = C;
   return {owner, owner.const_data_ptr(), C == 0 ? 0 : t.numel() / C, stride, dtype_of(t, op, name)};
 }
