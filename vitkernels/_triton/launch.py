@@ -4,12 +4,45 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 import triton
 
 # True when kernels run on the CPU, one program after the other (TRITON_INTERPRET=1).
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fail(op: str, name: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"vitkernels::{op}: {name} must be {expected}, got {got}")
+
+
+def check_like(
+    op: str,
+    name: str,
+    tensor: torch.Tensor | None,
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype] = FLOATS,
+) -> None:
+    """Refuses another shape or dtype; None passes.
+
+    Raw operators are called without the public functions' checks too, by exported graphs.
+    """
+    if tensor is not None and (tensor.shape != shape or tensor.dtype not in dtypes):
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        got = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        fail(op, name, f"of shape {tuple(shape)} and dtype {names}", got)
+
+
+def check_dropout(op: str, seed: torch.Tensor | None, p: float) -> None:
+    if not 0.0 <= p < 1.0:
+        fail(op, "dropout_p", "in [0, 1)", p)
+    if p > 0.0 and seed is None:
+        fail(op, "seed", "a tensor when dropout_p > 0", None)
+    check_like(op, "seed", seed, (1,), (torch.int64,))
 
 
 def cdiv(n: int, d: int) -> int:

@@ -20,6 +20,7 @@ from vitkernels._triton import (
     cdiv,
     collapse_rows,
     dropout_scalars,
+    fail,
     multiprocessors,
     on_device,
     power_of_two,
@@ -27,6 +28,8 @@ from vitkernels._triton import (
 from vitkernels.ops.add_layer_norm._triton_forward import (
     LOOP_COLUMNS,
     VARYING,
+    check_norm,
+    check_statistics,
     contiguous,
     load_columns,
     load_row_scale,
@@ -309,7 +312,8 @@ def _launch_backward(
     C = z.shape[-1]
     rows = mean.numel()
     inner_rows, (dy, dnew_residual, z, x), strides = collapse_rows(dy, dnew_residual, z, x)
-    weight, gamma, row_scale = contiguous(weight, gamma, row_scale)
+    vectors = (mean, rstd, weight, gamma, row_scale)
+    mean, rstd, weight, gamma, row_scale = contiguous(*vectors)
     plan = backward_plan(rows, C, multiprocessors(z.device))
     block_r, block_c, num_warps, rows_per_program, programs = plan
     parameters = (dweight, dbias, dgamma)
@@ -355,6 +359,13 @@ def add_layer_norm_bwd(
     dy, dnew_residual, z, mean, rstd, x, weight, bias, gamma, row_scale, seed, dropout_p, x_dtype,
     output_mask,
 ):  # fmt: skip
+    op = "add_layer_norm_bwd"
+    others = {"dy": dy, "dnew_residual": dnew_residual, "x": x}
+    vectors = {"weight": weight, "bias": bias, "gamma": gamma}
+    check_norm(op, "z", z, others, vectors, row_scale, seed, dropout_p, x_dtype)
+    check_statistics(op, z, mean, rstd)
+    if output_mask[4] and gamma is not None and x is None:
+        fail(op, "x", "a tensor when dgamma is wanted", None)
     like = {"device": z.device}
     dx = torch.empty(z.shape, dtype=x_dtype, **like) if output_mask[0] else None
     dresidual = torch.empty(z.shape, dtype=z.dtype, **like) if output_mask[1] else None
@@ -375,6 +386,9 @@ def add_layer_norm_bwd(
 
 
 def layer_norm_add_bwd(dout, x, mean, rstd, weight, bias, row_scale, output_mask):
+    op, vectors = "layer_norm_add_bwd", {"weight": weight, "bias": bias}
+    check_norm(op, "x", x, {"dout": dout}, vectors, row_scale)
+    check_statistics(op, x, mean, rstd)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if output_mask[0] else None
     dweight = _empty_like(weight, output_mask[1], x)
     dbias = _empty_like(bias, output_mask[2], x)

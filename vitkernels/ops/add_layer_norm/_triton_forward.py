@@ -14,9 +14,13 @@ import triton
 import triton.language as tl
 
 from vitkernels._triton import (
+    FLOATS,
     cdiv,
+    check_dropout,
+    check_like,
     collapse_rows,
     dropout_scalars,
+    fail,
     keep_mask,
     on_device,
     power_of_two,
@@ -221,6 +225,26 @@ def rows_per_sample(rows, row_scale):
     return 1 if row_scale is None else rows // max(1, row_scale.numel())
 
 
+def check_norm(op, name, x, others, vectors, row_scale, seed=None, dropout_p=0.0, out_dtype=None):
+    """Checks x, called `name`, {name: tensor} of x's shape and of shape (C,), and the options."""
+    if x.ndim == 0 or x.shape[-1] == 0:
+        fail(op, name, "of shape (..., C) with C >= 1", tuple(x.shape))
+    check_like(op, name, x, x.shape)
+    for other, tensor in others.items():
+        check_like(op, other, tensor, x.shape)
+    for vector, tensor in vectors.items():
+        check_like(op, vector, tensor, x.shape[-1:])
+    check_like(op, "row_scale", row_scale, x.shape[:-1][:1], (torch.float32,))
+    check_dropout(op, seed, dropout_p)
+    if out_dtype is not None and out_dtype not in FLOATS:
+        fail(op, "the output's dtype", "float32, bfloat16 or float16", out_dtype)
+
+
+def check_statistics(op, z, mean, rstd):
+    check_like(op, "mean", mean, z.shape[:-1], (torch.float32,))
+    check_like(op, "rstd", rstd, z.shape[:-1], (torch.float32,))
+
+
 def _launch_forward(
     x, residual, weight, bias, gamma, row_scale, seed, dropout_p, eps, y, new_residual, add_after
 ):
@@ -245,6 +269,12 @@ def _launch_forward(
 def add_layer_norm_fwd(
     x, residual, weight, bias, gamma, row_scale, seed, dropout_p, eps, out_dtype
 ):
+    op = "add_layer_norm_fwd"
+    vectors = {"weight": weight, "bias": bias, "gamma": gamma}
+    options = (row_scale, seed, dropout_p, out_dtype)
+    check_norm(op, "x", x, {"residual": residual}, vectors, *options)
+    if residual is None and not (gamma is None and row_scale is None and dropout_p == 0):
+        fail(op, "residual", "a tensor when the branch is scaled or dropped", None)
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     new_residual = None
     if residual is not None:
@@ -258,6 +288,8 @@ def add_layer_norm_fwd(
 
 
 def layer_norm_add_fwd(x, residual, weight, bias, row_scale, eps):
+    vectors = {"weight": weight, "bias": bias}
+    check_norm("layer_norm_add_fwd", "x", x, {"residual": residual}, vectors, row_scale)
     out = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     mean, rstd = _launch_forward(
         x, residual, weight, bias, None, row_scale, None, 0.0, eps, out, None, add_after=True

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from vitkernels._triton import (
     capability,
+    check_like,
     dropout_scalars,
     multiprocessors,
     on_device,
@@ -30,6 +31,8 @@ from vitkernels.ops.attention._triton_tiles import (
     add_dot,
     bias_pointer,
     bias_view,
+    check_attention,
+    check_packed,
     dot_dtype,
     first_of,
     head_pointer,
@@ -216,6 +219,7 @@ def launch_backward(
     """Writes dq, dk, dv (views of any strides, or None) and returns dbias."""
     B, Nq, H, D = q.shape
     Nk = k.shape[1]
+    lse = lse.contiguous()
     processors = multiprocessors(q.device)
     some = [g for g in (dq, dk, dv) if g is not None]
     (dout, q, k, v, out, *_), (s_dout, s_q, s_k, s_v, s_out, *s_some), unit = heads(
@@ -247,7 +251,7 @@ def launch_backward(
                 plan.main, s_dout, s_q, s_k, s_v, s_dk, s_dv, *scalars, **common,
                 **_tiles(plan, q.device), BIAS_IS_BOOL=bias_is_bool,
             )  # fmt: skip
-        if not need_dbias:
+        if not need_dbias or bias is None:
             return None
         pointers, strides = (dout, q, k, v, lse, delta, *masks), (s_dout, s_q, s_k, s_v)
         full = (B, H, Nq, Nk)
@@ -267,9 +271,21 @@ def _tiles(plan: BackwardPlan, device: torch.device) -> dict:
     }
 
 
+def _check_saved(op, dout, out, lse, shape, lse_shape, dtype, bias, need_dbias):
+    check_like(op, "dout", dout, shape)
+    check_like(op, "out", out, shape, (dtype,))
+    check_like(op, "lse", lse, lse_shape, (torch.float32,))
+    if need_dbias and bias is not None:
+        check_like(op, "bias", bias, bias.shape)
+
+
 def attention_bwd(
     dout, q, k, v, out, lse, bias, key_padding_mask, seed, scale, dropout_p, output_mask
 ):
+    op = "attention_bwd"
+    check_attention(op, q, k, v, bias, key_padding_mask, seed, dropout_p)
+    B, Nq, H, _ = q.shape
+    _check_saved(op, dout, out, lse, q.shape, (B, H, Nq), q.dtype, bias, output_mask[3])
     dq, dk, dv = (
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if wanted else None
         for t, wanted in zip((q, k, v), output_mask[:3], strict=True)
@@ -284,11 +300,18 @@ def attention_bwd(
 def attention_qkvpacked_bwd(
     dout, qkv, num_heads, out, lse, bias, key_padding_mask, seed, scale, dropout_p, output_mask
 ):  # fmt: skip
+    op = "attention_qkvpacked_bwd"
+    check_packed(op, qkv, num_heads)
+    q, k, v = unpack(qkv, 3, num_heads)
+    check_attention(op, q, k, v, bias, key_padding_mask, seed, dropout_p)
+    B, N, width = qkv.shape
+    shapes = (B, N, width // 3), (B, num_heads, N)
+    _check_saved(op, dout, out, lse, *shapes, qkv.dtype, bias, output_mask[1])
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if output_mask[0] else None
     gradients = (None, None, None) if dqkv is None else unpack(dqkv, 3, num_heads)
     (dout,), (out,) = unpack(dout, 1, num_heads), unpack(out, 1, num_heads)
     dbias = launch_backward(
-        dout, *unpack(qkv, 3, num_heads), out, lse, bias, key_padding_mask, seed, scale, dropout_p,
-        *gradients, output_mask[1],
+        dout, q, k, v, out, lse, bias, key_padding_mask, seed, scale, dropout_p, *gradients,
+        output_mask[1],
     )  # fmt: skip
     return dqkv, dbias

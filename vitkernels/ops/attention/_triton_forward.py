@@ -20,6 +20,8 @@ from vitkernels.ops.attention._triton_tiles import (
     add_dot,
     bias_pointer,
     bias_view,
+    check_attention,
+    check_packed,
     dot_dtype,
     dot_rows,
     finish_scores,
@@ -158,6 +160,11 @@ def launch_forward(q, k, v, bias, key_padding_mask, seed, scale, dropout_p, out,
 
 
 def attention_fwd(q, k, v, bias, key_padding_mask, seed, scale, dropout_p):
+    check_attention("attention_fwd", q, k, v, bias, key_padding_mask, seed, dropout_p)
+    return _forward(q, k, v, bias, key_padding_mask, seed, scale, dropout_p)
+
+
+def _forward(q, k, v, bias, key_padding_mask, seed, scale, dropout_p):
     B, Nq, H, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Nq), dtype=torch.float32, device=q.device)
@@ -171,6 +178,9 @@ def unpack(packed: torch.Tensor, parts: int, num_heads: int) -> list[torch.Tenso
 
 
 def attention_qkvpacked_fwd(qkv, num_heads, bias, key_padding_mask, seed, scale, dropout_p):
+    op = "attention_qkvpacked_fwd"
+    check_packed(op, qkv, num_heads)
     q, k, v = unpack(qkv, 3, num_heads)
-    out, lse = attention_fwd(q, k, v, bias, key_padding_mask, seed, scale, dropout_p)
+    check_attention(op, q, k, v, bias, key_padding_mask, seed, dropout_p)
+    out, lse = _forward(q, k, v, bias, key_padding_mask, seed, scale, dropout_p)
     return out.flatten(2), lse

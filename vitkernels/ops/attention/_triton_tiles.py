@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vitkernels._triton import INTERPRETED, keep_mask
+from vitkernels._triton import FLOATS, INTERPRETED, check_dropout, check_like, fail, keep_mask
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -209,6 +209,34 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
         return tl.float32
     same = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     return same[dtype]
+
+
+def check_attention(op, q, k, v, bias, key_padding_mask, seed, dropout_p):
+    if q.ndim != 4 or not 1 <= q.shape[3] <= 256 or 0 in q.shape[1:3]:
+        fail(op, "q", "of shape (B, Nq, H, D) with Nq, H >= 1, D from 1 to 256", tuple(q.shape))
+    B, Nq, H, D = q.shape
+    if k.ndim != 4 or k.shape[1] == 0:
+        fail(op, "k", "of shape (B, Nk, H, D) with Nk >= 1", tuple(k.shape))
+    Nk = k.shape[1]
+    check_like(op, "q", q, q.shape)
+    check_like(op, "k", k, (B, Nk, H, D), (q.dtype,))
+    check_like(op, "v", v, (B, Nk, H, D), (q.dtype,))
+    if bias is not None:
+        sizes = zip(bias.shape, (B, H, Nq, Nk), strict=False)
+        if bias.ndim != 4 or any(size not in (1, full) for size, full in sizes):
+            expected = f"4-D, each dim 1 or that of (B, H, Nq, Nk) = {(B, H, Nq, Nk)}"
+            fail(op, "bias", expected, tuple(bias.shape))
+        check_like(op, "bias", bias, bias.shape, (*FLOATS, torch.bool))
+    check_like(op, "key_padding_mask", key_padding_mask, (B, Nk), (torch.bool,))
+    check_dropout(op, seed, dropout_p)
+
+
+def check_packed(op, qkv, num_heads):
+    width = 3 * num_heads
+    if qkv.ndim != 3 or num_heads < 1 or qkv.shape[2] == 0 or qkv.shape[2] % width:
+        expected = f"of shape (B, N, 3 * H * D) with H = num_heads = {num_heads} >= 1"
+        fail(op, "qkv", expected, tuple(qkv.shape))
+    check_like(op, "qkv", qkv, qkv.shape)
 
 
 class Heads(NamedTuple):

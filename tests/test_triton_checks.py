@@ -1,0 +1,73 @@
+"""Raw calls of the Triton backend, as from an exported graph: no public function checked before."""
+
+import os
+
+import pytest
+import torch
+
+import vitkernels  # noqa: F401 (registers the operators)
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("this session runs kernels on a GPU", allow_module_level=True)
+
+
+def raw_arguments():
+    """Arguments by name of a small valid call of each raw operator."""
+    x, C = torch.randn(2, 3, 8), torch.randn(8)
+    stats, q = torch.rand(2, 3), torch.randn(2, 3, 2, 4)
+    parameters = {"weight": C, "bias": C}
+    branch = {"gamma": C, "row_scale": torch.ones(2), "seed": None, "dropout_p": 0.0}
+    saved = {"mean": stats, "rstd": stats}
+    heads = {"q": q, "k": torch.randn(2, 5, 2, 4), "v": torch.randn(2, 5, 2, 4)}
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    bias = torch.randn(1, 2, 3, 5)
+    options = {"bias": bias, "key_padding_mask": mask, "seed": None, "scale": 0.5, "dropout_p": 0.0}
+    packed = {"qkv": torch.randn(2, 3, 24), "num_heads": 2}
+    square = {**options, "bias": bias[..., :3], "key_padding_mask": mask[:, :3]}
+    lse = torch.randn(2, 2, 3)
+    return {
+        "add_layer_norm_fwd": {"x": x, "residual": x, **parameters, **branch, "eps": 1e-6,
+                               "out_dtype": torch.float32},
+        "add_layer_norm_bwd": {"dy": x, "dnew_residual": x, "z": x, **saved, "x": x, **parameters,
+                               **branch, "x_dtype": torch.float32, "output_mask": [True] * 5},
+        "layer_norm_add_fwd": {"x": x, "residual": x, **parameters, "row_scale": torch.ones(2),
+                               "eps": 1e-6},
+        "layer_norm_add_bwd": {"dout": x, "x": x, **saved, **parameters,
+                               "row_scale": torch.ones(2), "output_mask": [True] * 3},
+        "attention_fwd": {**heads, **options},
+        "attention_bwd": {"dout": q, **heads, "out": q, "lse": lse, **options,
+                          "output_mask": [True] * 4},
+        "attention_qkvpacked_fwd": {**packed, **square},
+        "attention_qkvpacked_bwd": {"dout": x, **packed, "out": x, "lse": lse, **square,
+                                    "output_mask": [True] * 2},
+    }  # fmt: skip
+
+
+def raw_call(op, arguments):
+    return getattr(torch.ops.vitkernels, op).triton(*arguments.values())
+
+
+@pytest.mark.parametrize("op", raw_arguments())
+def test_raw_calls_refuse_what_a_kernel_would_misread(op):
+    good = raw_arguments()[op]
+    raw_call(op, good)
+    for name, value in good.items():
+        bad = {"dropout_p": [0.5, -0.5, 1.0], "num_heads": [0, 5]}.get(name, [])
+        if isinstance(value, torch.Tensor):
+            short = value[..., :-1] if name != "bias" or value.ndim == 1 else value[..., :2]
+            bad = [short, value.double(), value.int(), value[None]]
+            bad += [] if name in ("bias", "key_padding_mask") else [value.bool()]
+        for wrong in bad:
+            with pytest.raises((ValueError, RuntimeError), match=f"vitkernels::{op}: .* must be "):
+                raw_call(op, {**good, name: wrong})
+
+
+@pytest.mark.parametrize("op", [op for op in raw_arguments() if op.endswith("bwd")])
+def test_saved_statistics_of_any_strides(op):
+    good = raw_arguments()[op]
+    strided = {
+        name: good[name].mT.contiguous().mT for name in ("mean", "rstd", "lse") if name in good
+    }
+    for a, b in zip(raw_call(op, good), raw_call(op, {**good, **strided}), strict=True):
+        assert torch.equal(a, b)
