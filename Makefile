@@ -69,6 +69,7 @@ $(STAMPS)/test: requirements/test.txt requirements/peers.txt $(STAMPS)/package
 	$(PIP) --no-deps -r requirements/peers.txt
 	touch $@
 
-$(STAMPS)/lint: requirements/lint.txt $(STAMPS)/venv
+# mypy reads torch's types, so linting needs what running needs.
+$(STAMPS)/lint: requirements/lint.txt $(STAMPS)/run
 	$(PIP) -r requirements/lint.txt
 	touch $@
