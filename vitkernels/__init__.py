@@ -1,4 +1,4 @@
-"""Fused kernels for Vision Transformers: the numbers of timm, transformers, torchvision, faster."""
+"""Fused kernels for Vision Transformers: the numbers of timm, in fewer passes."""
 
 from . import ops
 from ._dispatch import available_backends, use_backend

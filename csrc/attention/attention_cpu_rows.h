@@ -219,7 +219,7 @@ VK_INLINE void fill_tail(float* row, int64_t n, float value) {
 // factors[j] = kept where dropout keeps the probability of key j0 + j, 0 where it drops it.
 VK_INLINE void dropout_row(const AttentionArgs& a, int64_t head, int64_t i, int64_t j0, int64_t n,
                            float kept, float* factors) {
-  const Dropout dropout{a.seed, a.threshold, kept, true};
+  const Dropout dropout{a.seed, a.threshold, kept};
   dropout_factors(dropout, static_cast<uint64_t>((head * a.Nq + i) * a.Nk + j0), n, factors);
   fill_tail(factors, n, 0.0f);
 }

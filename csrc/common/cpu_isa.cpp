@@ -28,7 +28,7 @@ CpuIsa resolve() {
     const CpuIsa isa = static_cast<CpuIsa>(level);
     if (std::strcmp(wanted, cpu_isa_name(isa)) == 0) return isa;
   }
-  return highest;  // unknown or above this CPU: vitkernels._native reports it to the user
+  return highest;  // unknown (vitkernels._native warns) or above this CPU (`info` shows the level)
 }
 
 }  // namespace

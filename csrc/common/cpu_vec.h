@@ -223,7 +223,7 @@ VK_INLINE void for_each_vec(int64_t C, Body&& body) {
 
 template <class T>
 VK_INLINE Vec load_or(const T* p, int n) {
-  return __builtin_constant_p(n) && n == kVec ? load(p) : n == kVec ? load(p) : load_n(p, n);
+  return n == kVec ? load(p) : load_n(p, n);
 }
 
 template <class T>

@@ -31,7 +31,6 @@ struct Dropout {
   uint64_t seed;
   uint64_t threshold;  // keep where the word is >= threshold = round(p * 2^32)
   float scale;         // 1 / (1 - p)
-  bool active;
 };
 
 #if defined(__AVX2__)
