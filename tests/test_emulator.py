@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -379,73 +377,3 @@ def test_order_is_a_permutation_that_the_seed_repeats(kernels):
     assert order(kernels, 5, os_threads=4) == first, "on several OS threads"
     rotations = [[(start + i) % 64 for i in range(64)] for start in range(64)]
     assert all(o not in rotations for o in first)
-
-
-# ---- The emulator and the kernels' sources
-
-
-OPERATOR_SOURCES = [
-    f
-    for f in sorted(CSRC.glob("*/*.cu*"))
-    if f.parent.name not in ("common", "emulator")
-]  # fmt: skip
-CU_FILES = [f for f in OPERATOR_SOURCES if f.suffix == ".cu"]
-
-
-def test_there_are_kernels():
-    assert CSRC / "add_layer_norm" / "add_layer_norm_cuda.cu" in CU_FILES
-
-
-@pytest.mark.parametrize("source", OPERATOR_SOURCES, ids=lambda f: f.name)
-def test_kernels_do_not_know_that_they_are_emulated(source):
-    text = source.read_text()
-    for line in text.splitlines():
-        assert not re.match(r"\s*#\s*(if|ifdef|ifndef|elif)\b", line), f"{source.name}: {line}"
-    for word in ("emulator", "__CUDACC__", "__CUDA_ARCH__", "cuda_runtime"):
-        assert word not in text.lower().replace("__cudacc__", "__CUDACC__"), word
-
-
-@pytest.mark.parametrize("source", OPERATOR_SOURCES, ids=lambda f: f.name)
-def test_launch_bounds_are_repeated_in_the_kernel(source):
-    text = re.sub(r"\s+", "", source.read_text())
-    kernels = re.findall(
-        r"__launch_bounds__\((.*?)\)+\w+_kernel\(.*?\)\{(check_launch\w*<.*?>\(\))?", text
-    )
-    assert len(kernels) == text.count("__global__")
-    for bounds, check in kernels:
-        threads = check.removeprefix("check_launch_bounds<").removesuffix(">()")
-        assert threads and bounds.startswith(threads), f"{source.name}: {bounds} but {check}"
-
-
-@pytest.mark.parametrize("source", CU_FILES, ids=lambda f: f.name)
-def test_emulator_build_includes_no_cuda_header(source):
-    include = ["-I", str(CSRC / "emulator"), "-I", str(CSRC)]
-    torch_include = f"{torch.__path__[0]}/include"
-    command = [CXX, "-std=c++17", "-M", "-x", "c++", *include, "-isystem", torch_include]
-    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", str(source)]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    ours = [f for f in listed if f.startswith(str(CSRC))]
-    assert f"{CSRC}/emulator/common/platform.cuh" in ours
-    assert f"{CSRC}/common/platform.cuh" not in ours and f"{CSRC}/common/launch.cuh" not in ours
-    cuda = [
-        f for f in listed if re.search(r"/(cuda\w*|cu\w*_runtime\w*|device_launch\w*)\.h(pp)?$", f)
-    ]
-    assert not cuda
-
-
-def test_every_primitive_has_a_twin():
-    names = re.compile(r"(?:VK_DEVICE|inline)\s+\w+\s+(\w+)\(")
-    device = set(names.findall((CSRC / "common/platform.cuh").read_text()))
-    twins = set(names.findall((CSRC / "emulator/common/platform.cuh").read_text()))
-    assert device - {"check_launch_bounds"} <= twins
-    assert {"VK_SHARED", "VK_DYNAMIC_SHARED", "VK_DEVICE"} <= set(
-        re.findall(r"#define (\w+)", (CSRC / "emulator/common/platform.cuh").read_text())
-    )
-
-
-@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-as") is None, reason="no AArch64 assembler")
-def test_the_aarch64_switch_assembles(tmp_path):
-    blocks = re.findall(r'asm\(R"\((.*?)\)"\);', (CSRC / "emulator/fiber.h").read_text(), re.S)
-    (tmp_path / "switch.s").write_text(next(b for b in blocks if "stp x19" in b))
-    command = ["aarch64-linux-gnu-as", str(tmp_path / "switch.s"), "-o", str(tmp_path / "switch.o")]
-    subprocess.run(command, check=True)
