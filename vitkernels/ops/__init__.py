@@ -2,6 +2,8 @@
 
 from .add_layer_norm import add_layer_norm, layer_norm_add
 from .attention import attention, attention_qkvpacked, attention_weights
+from .linear_gelu import linear, linear_gelu
+from .patch_embed import patch_embed
 
 __all__ = [
     "add_layer_norm",
@@ -9,4 +11,7 @@ __all__ = [
     "attention_qkvpacked",
     "attention_weights",
     "layer_norm_add",
+    "linear",
+    "linear_gelu",
+    "patch_embed",
 ]

@@ -1,0 +1,3 @@
+from .op import BACKENDS, patch_embed
+
+__all__ = ["BACKENDS", "patch_embed"]
