@@ -68,6 +68,7 @@ RANDOM = {
     "drop_path_everywhere": {"drop_path_rate": 0.9},
     "dropouts": {"drop_rate": 0.2, "pos_drop_rate": 0.1, "proj_drop_rate": 0.3},
     "patch_dropout": {"patch_drop_rate": 0.4, "reg_tokens": 2, "drop_path_rate": 0.2},
+    "res_post_norm": {"block_fn": "ResPostBlock", "drop_path_rate": 0.4},
 }
 
 
@@ -100,16 +101,18 @@ def test_autocast_dtypes_are_those_of_timm():
         assert [t.dtype for t in got] == [t.dtype for t in expected]
 
 
+@pytest.mark.parametrize("block_fn", ["Block", "ResPostBlock"])
 @pytest.mark.parametrize("scheme", ["", "jax", "jax_nlhb", "moco", "reset"])
-def test_initial_weights_are_those_of_timm(scheme):
-    from timm.models.vision_transformer import VisionTransformer
+def test_initial_weights_are_those_of_timm(scheme, block_fn):
+    from timm.models import vision_transformer
 
-    models = []
-    for cls in (VisionTransformer, FusedViT):
+    block_fn, models = getattr(vision_transformer, block_fn), []
+    for cls in (vision_transformer.VisionTransformer, FusedViT):
         torch.manual_seed(5)
         model = cls(
             img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=7,
             reg_tokens=2, init_values=0.1, qk_norm=True, weight_init=scheme, fix_init=True,
+            block_fn=block_fn,
         )  # fmt: skip
         if scheme == "reset":  # pos_embed comes first: what follows draws the same
             model.init_weights()
@@ -190,7 +193,7 @@ def test_from_timm_by_name_and_strict_loading():
     [
         ({"global_pool": "map"}, "attention pooling"),
         ({"attn_layer": "diff", "embed_dim": 64, "num_heads": 4}, "DiffAttention"),
-        ({"block_fn": "ResPostBlock"}, "ResPostBlock"),
+        ({"block_fn": "ParallelScalingBlock"}, "ParallelScalingBlock"),
         ({"norm_layer": "rmsnorm"}, "RmsNorm"),
         ({"mlp_layer": "SwiGLU"}, "SwiGLU"),
     ],

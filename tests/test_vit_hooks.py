@@ -64,7 +64,9 @@ HOOKS = {
 PLACES = [
     "blocks", "blocks.0", "blocks.2", "blocks.1.norm1", "blocks.1.attn", "blocks.1.ls1",
     "blocks.1.drop_path1", "blocks.1.norm2", "blocks.1.mlp", "blocks.1.ls2", "blocks.2.drop_path2",
-    "norm", "head",
+    "norm", "head", "patch_embed", "patch_embed.proj", "patch_embed.norm", "pos_drop",
+    "blocks.1.attn.qkv", "blocks.1.attn.proj", "blocks.1.mlp.fc1", "blocks.1.mlp.act",
+    "blocks.1.mlp.fc2", "blocks.2.mlp.drop1",
 ]  # fmt: skip
 
 

@@ -36,6 +36,10 @@ CONFIGS = {
         {"final_norm": False, "global_pool": "", "pos_embed": "none", "num_classes": 0},
         (32, 32),
     ),
+    "res_post_norm": (
+        {"block_fn": "ResPostBlock", "init_values": 0.3, "scale_mlp_norm": True},
+        (32, 32),
+    ),
     "wide_heads": (
         {"embed_dim": 160, "num_heads": 2, "depth": 2, "embed_norm_layer": nn.LayerNorm},
         (32, 32),
@@ -45,10 +49,15 @@ CONFIGS = {
 
 def timm_vit(name="class_token", **more) -> nn.Module:
     """timm's model of a configuration, evaluating; no parameter keeps its initial 0, 1 or 1e-4."""
-    from timm.models.vision_transformer import VisionTransformer
+    from timm.models import vision_transformer
 
     settings = {"num_classes": 10, **TINY, **CONFIGS[name][0], **more}
-    model = VisionTransformer(**settings).eval()
+    if isinstance(settings.get("block_fn"), str):
+        settings["block_fn"] = getattr(vision_transformer, settings["block_fn"])
+    return randomised(vision_transformer.VisionTransformer(**settings).eval())
+
+
+def randomised(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             spread = 0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim == 2 else 0.2

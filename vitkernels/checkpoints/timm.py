@@ -47,9 +47,9 @@ def vit_settings(source: nn.Module) -> dict:
     if source.attn_pool is not None:
         _refuse("attention pooling (global_pool='map' or 'prr')")
     for block in source.blocks:
-        _expect(block, "Block", "block")
+        _expect(block, "Block", "block", "ResPostBlock")
         _expect(block.attn, "Attention", "attention")
-        _expect(block.mlp, "Mlp", "mlp")
+        _expect(block.mlp, "Mlp", "MLP")
     block, embed = source.blocks[0], source.patch_embed
     if getattr(block.attn, "gate", None) is not None:
         _refuse("gated attention")
@@ -72,7 +72,7 @@ def vit_settings(source: nn.Module) -> dict:
         "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
         "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
         "proj_bias": block.attn.proj.bias is not None,
-        "init_values": getattr(block.ls1, "init_values", None),
+        "init_values": getattr(getattr(block, "ls1", block), "init_values", None),
         "class_token": source.cls_token is not None,
         "pos_embed": "none" if pos_embed is None else "learn",
         "no_embed_class": source.no_embed_class,
@@ -91,6 +91,20 @@ def vit_settings(source: nn.Module) -> dict:
         "embed_norm_layer": _norm_layer(embed.norm),
         "norm_layer": _norm_layer(block.norm1),
         "act_layer": _activation(block.mlp.act),
+        "block_fn": type(block).__name__,
+        **_normalization(source),
+    }
+
+
+def _normalization(source: nn.Module) -> dict:
+    """mean and std of timm's configuration of this model, where it has one."""
+    config = getattr(source, "pretrained_cfg", None) or getattr(source, "default_cfg", None) or {}
+    in_chans = source.patch_embed.proj.in_channels
+    found = {name: config.get(name) for name in ("mean", "std")}
+    return {  # of RGB for other channels: their average
+        name: values if len(values) == in_chans else sum(values) / len(values)
+        for name, values in found.items()
+        if values
     }
 
 
@@ -124,8 +138,8 @@ def _activation(act: nn.Module):
     return known("from_timm", "act_layer", type(act))
 
 
-def _expect(module: nn.Module, name: str, role: str) -> None:
-    if type(module).__name__ != name:
+def _expect(module: nn.Module, name: str, role: str, *others: str) -> None:
+    if type(module).__name__ not in (name, *others):
         _refuse(f"the {role} {type(module).__name__}")
 
 

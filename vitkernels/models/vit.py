@@ -8,43 +8,34 @@ VisionTransformer, so that its checkpoints load with load_state_dict(strict=True
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..nn import Block, LayerNorm, PatchDropout, PatchEmbed, Pending
-from ..nn.block import chainable
+from .._dispatch import autocast_dtype
+from ..nn import Block, LayerNorm, Linear, PatchDropout, PatchEmbed, Pending
+from ..nn.block import TOKEN_WISE, chainable, skips_rows
 from ..nn.known import known
 from ..nn.mlp import Mlp
 from ..nn.patch_embed import pair
 from ..nn.pending import add, add_norm, fusable
 from ..nn.resample import resample_pos_embed
+from ..nn.watched import plain, untouched
 from .init import SCHEMES, init_weights, trunc_normal_
 from .intermediates import IntermediateFeatures
+from .loaders import Loaders
 from .maps import attention_maps
 
 POOLS = ("", "avg", "avgmax", "max", "token")
 
-# name: (embed_dim, depth, num_heads, mlp_ratio)
-SIZES = {
-    "tiny": (192, 12, 3, 4.0),
-    "small": (384, 12, 6, 4.0),
-    "base": (768, 12, 12, 4.0),
-    "large": (1024, 24, 16, 4.0),
-    "huge": (1280, 32, 16, 4.0),
-    "giant": (1408, 40, 16, 48 / 11),
-    "gigantic": (1664, 48, 16, 64 / 13),
-}
 
-
-class FusedViT(IntermediateFeatures, nn.Module):
+class FusedViT(Loaders, IntermediateFeatures, nn.Module):
     """Vision Transformer on fused kernels.
 
     Args: as timm's VisionTransformer. global_pool is "token", "avg", "avgmax", "max" or "".
     Arguments that take classes (norm_layer, act_layer, ...) accept the ones known here, by class or
-    by name.
+    by name. mean, std: of each channel, in units of images in [0, 1], with which uint8 images are
+    normalised inside; float images are taken as normalised.
     """
 
     def __init__(
@@ -89,6 +80,8 @@ class FusedViT(IntermediateFeatures, nn.Module):
         block_fn=Block,
         mlp_layer=Mlp,
         attn_layer="attn",
+        mean: float | tuple[float, ...] = 0.5,
+        std: float | tuple[float, ...] = 0.5,
         device=None,
         dtype=None,
     ):
@@ -121,6 +114,8 @@ class FusedViT(IntermediateFeatures, nn.Module):
             output_fmt="NHWC" if dynamic_img_size else None,
             strict_img_size=not dynamic_img_size,
             dynamic_img_pad=dynamic_img_pad,
+            mean=mean,
+            std=std,
             **where,
         )
         prefix = 0 if no_embed_class else self.num_prefix_tokens
@@ -172,34 +167,6 @@ class FusedViT(IntermediateFeatures, nn.Module):
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
 
-    @classmethod
-    def from_timm(cls, model: str | nn.Module, pretrained: bool = False, **kwargs) -> FusedViT:
-        """From a timm VisionTransformer, or the name of one (**kwargs go to timm.create_model).
-
-        Parameters are copied; dtype, device, training mode and requires_grad are kept; the source
-        is left untouched.
-        """
-        from ..checkpoints.timm import vit_from_timm
-
-        return vit_from_timm(cls, model, pretrained, **kwargs)
-
-    @classmethod
-    def named(cls, name: str, **kwargs) -> FusedViT:
-        """With fresh weights, by timm's name: `FusedViT.named("vit_small_patch16_224")`."""
-        match = re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_(\d+)", name)
-        if match is None or match[1] not in SIZES:
-            raise ValueError(
-                "FusedViT.named: name must be vit_SIZE_patchP_PIXELS with SIZE one of "
-                f"{', '.join(SIZES)}, got {name!r}"
-            )
-        keys = ("embed_dim", "depth", "num_heads", "mlp_ratio")
-        size = dict(zip(keys, SIZES[match[1]], strict=True))
-        return cls(**{"img_size": int(match[3]), "patch_size": int(match[2]), **size, **kwargs})
-
-    def to_timm_state_dict(self) -> dict[str, Tensor]:
-        """The state_dict: its keys are timm's."""
-        return self.state_dict()
-
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """timm's schemes; fix_init divides the last Linear of each branch by sqrt(2 layer)."""
         if self.pos_embed is not None:
@@ -219,6 +186,8 @@ class FusedViT(IntermediateFeatures, nn.Module):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
+        if attn_mask is None and not is_causal and self._head_reads_row_0():
+            return self.forward_head(self._chained_features(self._embed(x), rows=1))
         return self.forward_head(self.forward_features(x, attn_mask, is_causal))
 
     def forward_features(
@@ -233,16 +202,55 @@ class FusedViT(IntermediateFeatures, nn.Module):
             for block in self.blocks:
                 x = checkpoint(block, x, use_reentrant=False)
         elif chainable(self.blocks):
-            pending = self.blocks(Pending(x))
-            if fusable(self.norm):
-                return add_norm(pending, self.norm, pending.stream.dtype)[0]
-            x = add(pending)
+            return self._chained_features(x)
         else:
             x = self.blocks(x)
         return self.norm(x)
 
+    def _chained_features(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """forward_features with a Pending between blocks; of the first rows only where told."""
+        *blocks, last = self.blocks
+        pending = Pending(x)
+        for block in blocks:
+            pending = block(pending)
+        pending = last(pending, rows=rows)
+        if fusable(self.norm):
+            return add_norm(pending, self.norm, pending.stream.dtype)[0]
+        return self.norm(add(pending))
+
+    def _head_reads_row_0(self) -> bool:
+        """Whether the last block needs to compute the class token only, and nobody sees it."""
+        ours = type(self)
+        return (
+            self.global_pool == "token"
+            and not self.grad_checkpointing
+            and ours.forward_features is FusedViT.forward_features
+            and ours.forward_head is FusedViT.forward_head
+            and ours.pool is FusedViT.pool
+            and chainable(self.blocks)
+            and skips_rows(self.blocks[-1])
+            and untouched(self.norm, *TOKEN_WISE)
+        )
+
     def _embed(self, x: Tensor) -> Tensor:
-        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        """Images -> tokens that enter the first block."""
+        if not self._embeds_in_one_call(x):
+            return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        pos_embed = self._positions(self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:])))
+        x = self.patch_embed.tokens(x, pos_embed, torch.cat(prefix, dim=1) if prefix else None)
+        return self.norm_pre(self.patch_drop(x if pos_embed is None else self.pos_drop(x)))
+
+    def _embeds_in_one_call(self, x: Tensor) -> bool:
+        """Not under autocast: there timm adds positions to the 16-bit patches in fp32."""
+        return (
+            untouched(self.patch_embed, PatchEmbed)
+            and self.patch_embed.in_one_call()
+            and untouched(self.patch_embed.norm, nn.Identity)
+            and type(self)._pos_embed is FusedViT._pos_embed
+            and plain(self.cls_token, self.reg_token, self.pos_embed)
+            and autocast_dtype(x.device) is None
+        )
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Class and register tokens before the patches; position on all, or on patches only."""
@@ -251,14 +259,18 @@ class FusedViT(IntermediateFeatures, nn.Module):
         prefix = [t.expand(B, -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         if self.pos_embed is None:
             return torch.cat([*prefix, x], dim=1)
-        pos_embed = self.pos_embed
-        if self.dynamic_img_size:
-            tokens = 0 if self.no_embed_class else self.num_prefix_tokens
-            pos_embed = resample_pos_embed(pos_embed, grid, self.patch_embed.grid_size, tokens)
+        pos_embed = self._positions(grid)
         if self.no_embed_class:
             x = x + pos_embed
         x = torch.cat([*prefix, x], dim=1) if prefix else x
         return self.pos_drop(x if self.no_embed_class else x + pos_embed)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """pos_embed, resampled to this grid for a dynamic image size."""
+        if self.pos_embed is None or not self.dynamic_img_size:
+            return self.pos_embed
+        tokens = 0 if self.no_embed_class else self.num_prefix_tokens
+        return resample_pos_embed(self.pos_embed, grid, self.patch_embed.grid_size, tokens)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """(B, N, C) -> (B, C); with pool type "" nothing is pooled."""
@@ -323,7 +335,7 @@ class FusedViT(IntermediateFeatures, nn.Module):
     def _make_head(self, **where) -> nn.Module:
         if self.num_classes <= 0:
             return nn.Identity()
-        return nn.Linear(self.embed_dim, self.num_classes, **where)
+        return Linear(self.embed_dim, self.num_classes, **where)
 
 
 def _parameter(shape, where: dict) -> nn.Parameter | None:

@@ -5,10 +5,12 @@ from .block import Block
 from .drop_path import DropPath
 from .layer_norm import LayerNorm
 from .layer_scale import LayerScale
+from .linear import Linear
 from .mlp import GELUTanh, Mlp, QuickGELU
 from .patch_dropout import PatchDropout
 from .patch_embed import PatchEmbed
 from .pending import Pending
+from .res_post_block import ResPostBlock
 
 __all__ = [
     "Attention",
@@ -17,9 +19,11 @@ __all__ = [
     "GELUTanh",
     "LayerNorm",
     "LayerScale",
+    "Linear",
     "Mlp",
     "PatchDropout",
     "PatchEmbed",
     "Pending",
     "QuickGELU",
+    "ResPostBlock",
 ]

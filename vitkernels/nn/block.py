@@ -1,7 +1,8 @@
 """The pre-norm Transformer block.
 
 A block given a Pending returns a Pending, its last add still to be done. Given a Tensor it returns
-a Tensor, as timm's does.
+a Tensor, as timm's does. With rows=n it computes the first n tokens of its output only: all tokens
+are normalised and give keys and values, the n go through the rest.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from .attention import Attention
 from .drop_path import DropPath
 from .layer_norm import LayerNorm
 from .layer_scale import LayerScale
-from .mlp import Mlp
-from .pending import Pending, add_norm, fusable, global_hooks, hooked
+from .linear import Linear
+from .mlp import GELUTanh, Mlp, QuickGELU
+from .pending import Pending, add_norm, fusable
+from .watched import global_hooks, hooked, plain, untouched
 
 
 class Block(nn.Module):
@@ -64,10 +67,17 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def forward(
-        self, x: Tensor | Pending, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor | Pending,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rows: int | None = None,
     ) -> Tensor | Pending:
         y, stream = add_norm(x if isinstance(x, Pending) else Pending(x), self.norm1)
-        branch = self.attn(y, attn_mask=attn_mask, is_causal=is_causal)
+        if rows is None:
+            branch = self.attn(y, attn_mask=attn_mask, is_causal=is_causal)
+        else:
+            branch, stream = self.attn(y, rows=rows), stream[:, :rows]
         if fusable(self.norm2, self.ls1, self.drop_path1):
             row_scale = self.drop_path1.row_scale(branch)
             y, stream = add_norm(Pending(stream, branch, self.ls1.gamma, row_scale), self.norm2)
@@ -90,4 +100,28 @@ def chainable(blocks: nn.Module) -> bool:
         and not global_hooks()
         and not hooked(blocks)
         and all(type(block) is Block and not hooked(block) for block in blocks)
+    )
+
+
+# Modules that compute each token by itself, given the keys and values of all.
+TOKEN_WISE = (
+    Attention, DropPath, GELUTanh, LayerNorm, LayerScale, Linear, Mlp, QuickGELU,
+    nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear,
+)  # fmt: skip
+
+
+def skips_rows(block: Block) -> bool:
+    """Whether block(x, rows=n) gives the first rows of block(x), and nobody sees the difference.
+
+    Not with an active dropout: its mask would be another.
+    """
+    return (
+        type(block.attn) is Attention
+        and untouched(block.attn.qkv, Linear)
+        and plain(block.attn.qkv.weight)
+        and all(
+            untouched(module, Block, *TOKEN_WISE)
+            and not (isinstance(module, nn.Dropout) and module.training and module.p > 0)
+            for module in block.modules()
+        )
     )

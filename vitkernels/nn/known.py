@@ -11,6 +11,7 @@ from .block import Block
 from .layer_norm import LayerNorm
 from .mlp import GELUTanh, Mlp, QuickGELU
 from .patch_embed import PatchEmbed
+from .res_post_block import ResPostBlock
 
 _TORCH_LAYER_NORM = functools.partial(LayerNorm, eps=1e-5)  # torch.nn.LayerNorm's own default
 _KNOWN = {
@@ -22,7 +23,7 @@ _KNOWN = {
         "QuickGELU": QuickGELU, "quick_gelu": QuickGELU,
     },
     "embed_layer": {"PatchEmbed": PatchEmbed},
-    "block_fn": {"Block": Block},
+    "block_fn": {"Block": Block, "ResPostBlock": ResPostBlock},
     "mlp_layer": {"Mlp": Mlp},
     "attn_layer": {"Attention": Attention, "attn": Attention, "": Attention},
 }  # fmt: skip

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import patch_embed
 from .resample import resample_patch_embed
+from .watched import global_hooks, plain, untouched
 
 
 def pair(value) -> tuple[int, int]:
@@ -19,7 +21,8 @@ def pair(value) -> tuple[int, int]:
 class PatchEmbed(nn.Module):
     """images (B, in_chans, H, W) -> (B, H/p * W/p, embed_dim), or (B, H/p, W/p, embed_dim).
 
-    flatten=False and output_fmt="NHWC" keep the grid; flatten=False alone gives NCHW.
+    flatten=False and output_fmt="NHWC" keep the grid; flatten=False alone gives NCHW. mean, std:
+    of each channel in units of images in [0, 1], for uint8 images.
     """
 
     def __init__(
@@ -34,6 +37,8 @@ class PatchEmbed(nn.Module):
         bias: bool = True,
         strict_img_size: bool = True,
         dynamic_img_pad: bool = False,
+        mean: float | tuple[float, ...] = 0.5,
+        std: float | tuple[float, ...] = 0.5,
         device=None,
         dtype=None,
     ):
@@ -53,6 +58,12 @@ class PatchEmbed(nn.Module):
             in_chans, embed_dim, self.patch_size, self.patch_size, bias=bias, **where
         )
         self.norm = norm_layer(embed_dim, **where) if norm_layer else nn.Identity()
+        self._normalization = {
+            "mean": _per_channel("mean", mean, in_chans),
+            "std": _per_channel("std", std, in_chans),
+        }
+        self.set_normalization()
+        self.register_load_state_dict_post_hook(PatchEmbed.set_normalization)
 
     def _set_grid(self, img_size) -> None:
         self.img_size = pair(img_size)
@@ -78,7 +89,57 @@ class PatchEmbed(nn.Module):
             self.proj.kernel_size = self.proj.stride = self.patch_size
         self._set_grid(self.img_size if img_size is None else img_size)
 
+    def set_normalization(self, *_) -> None:
+        """mean and std as (in_chans,) fp32 buffers beside the parameters, whatever their dtype."""
+        for name, values in self._normalization.items():
+            tensor = torch.tensor(values, dtype=torch.float32, device=self.proj.weight.device)
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _apply(self, fn, recurse: bool = True) -> PatchEmbed:
+        super()._apply(fn, recurse)
+        self.set_normalization()  # 16 bits of a mean are too few; and never from a meta tensor
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
+        """images: uint8, normalised here, or float, taken as normalised."""
+        grid = self.dynamic_feat_size(tuple(x.shape[-2:]))
+        if self.in_one_call():
+            x = self.tokens(x)
+            x = x if self.flatten else x.unflatten(1, grid)
+            if not self.flatten and self.output_fmt == "NCHW":
+                x = x.permute(0, 3, 1, 2)
+            return self.norm(x)
+        x = self.proj(self._normalized(self._fit(x)))
+        if self.flatten:
+            x = x.flatten(2).transpose(1, 2)
+        elif self.output_fmt == "NHWC":
+            x = x.permute(0, 2, 3, 1)
+        return self.norm(x)
+
+    def tokens(
+        self, x: Tensor, pos_embed: Tensor | None = None, prefix_tokens: Tensor | None = None
+    ) -> Tensor:
+        """(B, prefix + patches, embed_dim) in one pass; see vitkernels.ops.patch_embed."""
+        x = self._fit(x)
+        mean, std = (self.mean, self.std) if x.dtype == torch.uint8 else (None, None)
+        return patch_embed(
+            x, self.proj.weight, self.proj.bias,
+            pos_embed=pos_embed, prefix_tokens=prefix_tokens, mean=mean, std=std,
+        )  # fmt: skip
+
+    def in_one_call(self) -> bool:
+        """Whether the projection is a plain one that nobody hooks into."""
+        proj = self.proj
+        return (
+            untouched(proj, nn.Conv2d)
+            and not global_hooks()
+            and plain(proj.weight)
+            and proj.stride == proj.kernel_size == self.patch_size
+            and (proj.padding, proj.dilation, proj.groups) == ((0, 0), (1, 1), 1)
+        )
+
+    def _fit(self, x: Tensor) -> Tensor:
+        """Padded to whole patches with dynamic_img_pad, else of a size that the model takes."""
         H, W = x.shape[-2:]
         ph, pw = self.patch_size
         if self.strict_img_size:
@@ -91,11 +152,20 @@ class PatchEmbed(nn.Module):
                 H % ph == 0 and W % pw == 0,
                 f"PatchEmbed: image is {H}x{W}, not a multiple of the patch {self.patch_size}",
             )
-        if self.dynamic_img_pad:
-            x = F.pad(x, (0, -W % pw, 0, -H % ph))
-        x = self.proj(x)
-        if self.flatten:
-            x = x.flatten(2).transpose(1, 2)
-        elif self.output_fmt == "NHWC":
-            x = x.permute(0, 2, 3, 1)
-        return self.norm(x)
+        if not self.dynamic_img_pad or (x.dtype == torch.uint8 and H % ph == W % pw == 0):
+            return x
+        return F.pad(self._normalized(x), (0, -W % pw, 0, -H % ph))  # zeros, after normalisation
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.uint8:
+            return x
+        dtype = self.proj.weight.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32)) / 255
+        return ((x - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)).to(dtype)
+
+
+def _per_channel(name: str, values, in_chans: int) -> tuple[float, ...]:
+    values = (values,) * in_chans if isinstance(values, (int, float)) else tuple(values)
+    if len(values) != in_chans:
+        raise ValueError(f"PatchEmbed: {name} must be a float or {in_chans} floats, got {values}")
+    return tuple(float(value) for value in values)

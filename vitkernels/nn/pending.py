@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .drop_path import DropPath
 from .layer_norm import LayerNorm
 from .layer_scale import LayerScale
+from .watched import global_hooks, untouched
 
 
 class Pending(NamedTuple):
@@ -50,19 +51,5 @@ def add(pending: Pending) -> Tensor:
 def fusable(*modules: nn.Module) -> bool:
     """Whether these may run as one operator: they are ours, and nobody hooks into what passes."""
     return not global_hooks() and all(
-        type(module) in (LayerNorm, LayerScale, DropPath) and not hooked(module)
-        for module in modules
+        untouched(module, LayerNorm, LayerScale, DropPath) for module in modules
     )
-
-
-def hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def global_hooks() -> bool:
-    return torch.nn.modules.module._has_any_global_hook()

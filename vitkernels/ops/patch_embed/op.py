@@ -121,7 +121,8 @@ def _check(images, weight, bias, pos_embed, prefix_tokens):
             _checks.fail(op, "prefix_tokens", f"of shape (1, P, {D}) = (1, P, D)", got)
     if pos_embed is not None:
         _checks.tensor(op, "pos_embed", pos_embed, like=images, ndim=3, meaning="(1, P + N, D)")
-        if pos_embed.shape not in ((1, P + N, D), (1, N, D)):
+        one, positions, width = pos_embed.shape  # compared one by one: they may be symbolic
+        if one != 1 or width != D or (positions != P + N and positions != N):
             expected = f"of shape {(1, P + N, D)} = (1, P + N, D) or {(1, N, D)} = (1, N, D)"
             _checks.fail(op, "pos_embed", expected, _checks.describe(pos_embed))
 

@@ -1,0 +1,186 @@
+"""transformers' ViT and DINOv2 -> FusedViT. transformers itself is never imported.
+
+Names of version 4 (on disk, also those that version 5 writes) and of version 5 (in memory).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import GELUTanh, LayerNorm, QuickGELU
+from .build import IMAGENET, build
+from .files import read_folder
+
+MODELS = ("vit", "dinov2", "dinov2_with_registers")
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_python": nn.GELU,
+    "gelu_new": GELUTanh,
+    "gelu_pytorch_tanh": GELUTanh,
+    "quick_gelu": QuickGELU,
+}
+
+_BASE = re.compile(r"^(vit|dinov2|dinov2_with_registers|deit)\.")
+_BLOCK = re.compile(r"^(?:encoder\.)?layers?\.(\d+)\.(.+)\.(\w+)$")
+_OUTSIDE = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.register_tokens": "register_tokens",
+    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+    "layernorm.weight": "norm.weight",
+    "layernorm.bias": "norm.bias",
+    "classifier.weight": "head.weight",
+    "classifier.bias": "head.bias",
+}
+_INSIDE = {
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.output.dense": "attn.proj",
+    "attention.o_proj": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "layer_scale1": "ls1",
+    "layer_scale2": "ls2",
+}
+_QKV = ({"query": 0, "key": 1, "value": 2}, {"q_proj": 0, "k_proj": 1, "v_proj": 2})
+
+
+def vit_from_huggingface(cls, source: str | os.PathLike | nn.Module, **kwargs):
+    """A FusedViT with the settings, and copies of the parameters, of transformers' model."""
+    loader = "from_huggingface"
+    if isinstance(source, nn.Module):
+        if not hasattr(source, "config") or not hasattr(source.config, "to_dict"):
+            got = type(source).__name__
+            raise ValueError(f"{loader}: the model must be transformers' ViT or DINOv2, got {got}")
+        model = from_state(
+            cls, loader, type(source).__name__, source.config.to_dict(),
+            source.state_dict(keep_vars=True), kwargs, keep_requires_grad=True,
+        )  # fmt: skip
+        return model.train(source.training)
+    folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{loader}: there is no folder {str(source)!r}, and nothing is downloaded: load a name"
+            " on the hub with transformers and pass the model"
+        )
+    config, tensors = read_folder(loader, folder)
+    return from_state(cls, loader, folder.name, config, tensors, kwargs)
+
+
+def from_state(
+    cls, loader: str, origin: str, config: dict, tensors: dict[str, Tensor], overrides: dict,
+    *, keep_requires_grad: bool = False,
+):  # fmt: skip
+    """From transformers' configuration (empty: what a ViT has by default) and names."""
+    hints = _hints(loader, origin, config) if config else {"norm_layer": _norm_layer({})}
+    state = timm_state(loader, origin, tensors)
+    dropout = hints.pop("hidden_dropout_prob", 0.0)
+    model = build(
+        cls, loader, origin, state, {**hints, "global_pool": "token"}, overrides,
+        keep_requires_grad=keep_requires_grad,
+    )  # fmt: skip
+    if dropout and "proj_drop_rate" not in overrides:
+        for block in model.blocks:  # transformers drops the outputs of the two branches only
+            block.attn.proj_drop.p = block.mlp.drop2.p = dropout
+    return model
+
+
+def timm_state(loader: str, origin: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' names -> timm's: q, k and v in one matrix, registers without a position."""
+    state: dict[str, Tensor] = {}
+    parts: dict[str, dict[int, Tensor]] = {}
+    ignored = []
+    for key, tensor in tensors.items():
+        short = _BASE.sub("", key)
+        name, part = _rename(short)
+        if short.startswith("pooler.") or short == "embeddings.mask_token":
+            ignored.append(key)
+        elif part is not None:
+            parts.setdefault(name, {})[part] = tensor
+        else:
+            state[name] = tensor
+    for name, three in parts.items():
+        if len(three) != 3:
+            raise ValueError(f"{loader}: {origin} has no full query, key and value for {name}")
+        state[name] = torch.cat([three[i] for i in range(3)])
+    pooler = [key for key in ignored if "pooler." in key]
+    if pooler:
+        warnings.warn(
+            f"{loader}: {', '.join(pooler)} ignored: FusedViT has no pooler", stacklevel=5
+        )
+    return merge_registers(state)
+
+
+def merge_registers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DINOv2 with registers gives them no position: timm's no_embed_class, class position added."""
+    if "register_tokens" not in state:
+        return state
+    state = dict(state)
+    positions = state["pos_embed"]
+    state["reg_token"] = state.pop("register_tokens")
+    state["cls_token"] = state["cls_token"] + positions[:, :1]
+    state["pos_embed"] = positions[:, 1:]
+    return state
+
+
+def _rename(key: str) -> tuple[str, int | None]:
+    """timm's name, and which third of it (query, key, value)."""
+    if key in _OUTSIDE:
+        return _OUTSIDE[key], None
+    match = _BLOCK.match(key)
+    if match is None:
+        return key, None
+    layer, module, leaf = match.groups()
+    short = module.removeprefix("attention.attention.").removeprefix("attention.")
+    for thirds in _QKV:
+        if module != short and short in thirds:
+            return f"blocks.{layer}.attn.qkv.{leaf}", thirds[short]
+    leaf = "gamma" if leaf == "lambda1" else leaf
+    return f"blocks.{layer}.{_INSIDE.get(module, module)}.{leaf}", None
+
+
+def _hints(loader: str, origin: str, config: dict) -> dict:
+    """What the configuration says beside shapes."""
+    kind = config.get("model_type")
+    if kind not in MODELS:
+        raise ValueError(
+            f"{loader}: {origin}: model_type must be one of {', '.join(MODELS)}, got {kind!r}"
+        )
+    act = config.get("hidden_act", "gelu")
+    if act not in ACTIVATIONS:
+        raise ValueError(
+            f"{loader}: {origin}: hidden_act must be one of {', '.join(ACTIVATIONS)}, got {act!r}"
+        )
+    if config.get("use_swiglu_ffn"):
+        raise ValueError(
+            f"{loader}: {origin}: use_swiglu_ffn (SwiGLU) is not supported by FusedViT"
+        )
+    hints = {
+        "num_heads": config["num_attention_heads"],
+        "depth": config["num_hidden_layers"],
+        "act_layer": ACTIVATIONS[act],
+        "norm_layer": _norm_layer(config),
+        "pos_drop_rate": config.get("hidden_dropout_prob", 0.0),
+        "hidden_dropout_prob": config.get("hidden_dropout_prob", 0.0),
+        "attn_drop_rate": config.get("attention_probs_dropout_prob", 0.0),
+        **(IMAGENET if kind != "vit" else {}),
+    }
+    size = config.get("image_size", 224)
+    hints["img_size"] = tuple(size) if isinstance(size, (list, tuple)) else size
+    preprocessor = config.get("preprocessor", {})
+    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+        if preprocessor.get(theirs) is not None and preprocessor.get("do_normalize", True):
+            hints[ours] = tuple(preprocessor[theirs])
+    return hints
+
+
+def _norm_layer(config: dict):
+    return functools.partial(LayerNorm, eps=config.get("layer_norm_eps", 1e-12))

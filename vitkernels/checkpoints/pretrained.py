@@ -1,0 +1,104 @@
+"""A checkpoint file or folder of any known source -> FusedViT. The names tell the source."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from ..nn import QuickGELU
+from . import huggingface, jax, torchvision
+from .build import BICUBIC, BILINEAR, IMAGENET, State, build
+from .files import read_file, read_folder
+
+LOADER = "from_pretrained"
+
+# What a checkpoint of another architecture has, and what it is.
+_OTHERS = (
+    (r"^(backbone\.)?(layers|stages)\.\d+\.blocks\.\d+\.", "a Swin Transformer"),
+    (r"^swin\.|^swinv2\.", "a Swin Transformer"),
+    (r"(^|\.)layer1\.0\.conv1\.weight", "a ResNet"),
+    (r"^patch_embed\.backbone\.|^conv_root", "a hybrid (ResNet stem) Vision Transformer"),
+    (r"(^|\.)(dist_token|distillation_token|head_dist\.weight)", "a distilled DeiT"),
+    (r"^attn_pool\.", "a Vision Transformer with attention pooling"),
+    (r"^blocks\.\d+\.mlp\.(fc1_g|w12|w1)\.", "a Vision Transformer with a SwiGLU MLP"),
+    (r"^blocks\.\d+\.attns\.", "a Vision Transformer with parallel blocks"),
+    (r"^visual\.(class_embedding|trunk\.)", "a CLIP model (its image tower is FusedViT's part)"),
+)
+
+
+def vit_from_pretrained(cls, path: str | os.PathLike, **kwargs):
+    """A FusedViT from a file, or from a folder as transformers and timm's hub write them."""
+    path = Path(path)
+    if path.is_dir():
+        config, tensors = read_folder(LOADER, path)
+        if "model_type" in config:
+            return huggingface.from_state(cls, LOADER, path.name, config, tensors, kwargs)
+        if "architecture" not in config:
+            raise ValueError(
+                f"{LOADER}: {path.name}/config.json has neither model_type (transformers) nor"
+                " architecture (timm)"
+            )
+        return _from_tensors(cls, path.name, tensors, _timm_hints(config), kwargs)
+    return _from_tensors(cls, path.name, read_file(LOADER, path), {}, kwargs)
+
+
+def _from_tensors(cls, origin: str, tensors: dict[str, Tensor], hints: dict, overrides: dict):
+    source = source_of(origin, tensors)
+    if source == "huggingface":
+        return huggingface.from_state(cls, LOADER, origin, {}, tensors, overrides)
+    resampling = BICUBIC
+    if source == "jax":
+        state, hints = jax.timm_state(LOADER, origin, tensors)
+        resampling = BILINEAR
+    elif source == "torchvision":
+        state, hints = torchvision.timm_state(tensors), IMAGENET
+    else:
+        state, found = _original_names(tensors)
+        hints = {**found, **hints}
+    return build(cls, LOADER, origin, state, hints, overrides, resampling=resampling)
+
+
+def source_of(origin: str, tensors: dict[str, Tensor]) -> str:
+    """timm (also the original DeiT's and DINOv2's), huggingface, torchvision or jax."""
+    for pattern, what in _OTHERS:
+        if any(re.search(pattern, key) for key in tensors):
+            raise ValueError(f"{LOADER}: {origin} is {what}, which FusedViT does not load")
+    if jax.jax_prefix(tensors) is not None:
+        return "jax"
+    if "conv_proj.weight" in tensors:
+        return "torchvision"
+    if any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in tensors):
+        return "huggingface"
+    if "patch_embed.proj.weight" in tensors:
+        return "timm"
+    some = ", ".join(list(tensors)[:3])
+    raise ValueError(
+        f"{LOADER}: {origin} must have the names of a Vision Transformer of timm, transformers,"
+        f" torchvision or JAX, got {some}{' ...' if len(tensors) > 3 else ''}"
+    )
+
+
+def _original_names(tensors: dict[str, Tensor]) -> tuple[State, dict]:
+    """The original DeiT-3's and DINOv2's names as timm's, and what those models normalise with."""
+    original = "mask_token" in tensors or any("gamma_1" in key for key in tensors)
+    state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key): t for key, t in tensors.items()}
+    state.pop("mask_token", None)
+    state = {k: t for k, t in state.items() if not k.startswith("pre_logits.")}  # as timm
+    return huggingface.merge_registers(state), IMAGENET if original else {}
+
+
+def _timm_hints(config: dict) -> dict:
+    """timm's config.json: the normalisation and the model's own arguments."""
+    hints = {}
+    pretrained = config.get("pretrained_cfg", {})
+    for name in ("mean", "std"):
+        if pretrained.get(name) is not None:
+            hints[name] = tuple(pretrained[name])
+    if config.get("global_pool") in ("token", "avg", "max", "avgmax"):
+        hints["global_pool"] = config["global_pool"]
+    if "quickgelu" in config["architecture"]:
+        hints["act_layer"] = QuickGELU
+    return {**hints, **config.get("model_args", {})}

@@ -1,0 +1,31 @@
+"""Who watches a module: what decides whether several modules may run as one operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def untouched(module: nn.Module, *classes: type) -> bool:
+    """Whether this is exactly one of these classes and nobody hooks into it."""
+    return type(module) in classes and not hooked(module)
+
+
+def hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # replaced on this very module
+    )
+
+
+def global_hooks() -> bool:
+    return torch.nn.modules.module._has_any_global_hook()
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether none of these is a DTensor, a quantized tensor or another that brings its own ops."""
+    return not any(t is not None and is_traceable_wrapper_subclass(t) for t in tensors)
