@@ -98,20 +98,29 @@ def settings_from_shapes(loader: str, origin: str, state: State, known: dict) ->
     if "num_heads" not in known:
         settings["num_heads"] = _heads(loader, origin, state, width)
     prefix = int(class_token is not None) + reg_tokens
-    positions = state["pos_embed"].shape[1] if "pos_embed" in state else None
-    if "img_size" in known:
-        grid = math.prod(s // p for s, p in zip(pair(known["img_size"]), patch, strict=True))
-        exact = {grid: prefix > 0, grid + prefix: False}
-        settings["no_embed_class"] = exact.get(positions, _square(positions, prefix))
-    elif positions is not None:
-        settings["no_embed_class"] = no_prefix = _square(positions, prefix)
-        grid = math.isqrt(positions - (0 if no_prefix else prefix))
-        if grid * grid != positions - (0 if no_prefix else prefix):
+    positions = state["pos_embed"].shape[1] if "pos_embed" in state else 0
+    class_positions = _class_positions(positions, prefix, tuple(patch), known)
+    if positions and "img_size" not in known:
+        side = math.isqrt(positions - prefix * class_positions)
+        if side * side != positions - prefix * class_positions:
             raise ValueError(
                 f"{loader}: {origin}: {positions} positions are no square grid: name img_size"
             )
-        settings["img_size"] = (grid * patch[0], grid * patch[1])
+        settings["img_size"] = (side * patch[0], side * patch[1])
+    settings["no_embed_class"] = prefix > 0 and not class_positions
     return settings
+
+
+def _class_positions(positions: int, prefix: int, patch: tuple[int, int], known: dict) -> bool:
+    """Whether prefix tokens have positions too: where that fits the image size, or a square."""
+    if "no_embed_class" in known:
+        return not known["no_embed_class"]
+    if "img_size" in known:
+        patch = pair(known.get("patch_size", patch))
+        grid = math.prod(s // p for s, p in zip(pair(known["img_size"]), patch, strict=True))
+        if positions in (grid, grid + prefix):
+            return positions != grid
+    return math.isqrt(positions) ** 2 != positions
 
 
 def _heads(loader: str, origin: str, state: State, width: int) -> int:
@@ -125,14 +134,6 @@ def _heads(loader: str, origin: str, state: State, width: int) -> int:
             f" {width} is no multiple of 64: name num_heads"
         )
     return heads
-
-
-def _square(positions: int | None, prefix: int) -> bool:
-    """Whether these positions are a square grid without prefix tokens."""
-    if positions is None or prefix == 0:
-        return False
-    with_prefix = positions > prefix and math.isqrt(positions - prefix) ** 2 == positions - prefix
-    return math.isqrt(positions) ** 2 == positions and not with_prefix
 
 
 def _fit_sizes(

@@ -82,6 +82,7 @@ def from_state(
     """From transformers' configuration (empty: what a ViT has by default) and names."""
     hints = _hints(loader, origin, config) if config else {"norm_layer": _norm_layer({})}
     state = timm_state(loader, origin, tensors)
+    hints["no_embed_class"] = "reg_token" in state
     dropout = hints.pop("hidden_dropout_prob", 0.0)
     model = build(
         cls, loader, origin, state, {**hints, "global_pool": "token"}, overrides,
@@ -163,6 +164,9 @@ def _hints(loader: str, origin: str, config: dict) -> dict:
         raise ValueError(
             f"{loader}: {origin}: use_swiglu_ffn (SwiGLU) is not supported by FusedViT"
         )
+    missing = [k for k in ("num_attention_heads", "num_hidden_layers") if k not in config]
+    if missing:
+        raise ValueError(f"{loader}: {origin}: config.json does not have {' and '.join(missing)}")
     hints = {
         "num_heads": config["num_attention_heads"],
         "depth": config["num_hidden_layers"],

@@ -83,11 +83,14 @@ def source_of(origin: str, tensors: dict[str, Tensor]) -> str:
 
 def _original_names(tensors: dict[str, Tensor]) -> tuple[State, dict]:
     """The original DeiT-3's and DINOv2's names as timm's, and what those models normalise with."""
-    original = "mask_token" in tensors or any("gamma_1" in key for key in tensors)
+    deit3 = any(key.endswith(".gamma_1") for key in tensors)
+    hints = IMAGENET if deit3 or "mask_token" in tensors else {}
+    if deit3 or "register_tokens" in tensors:
+        hints = {**hints, "no_embed_class": True}
     state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key): t for key, t in tensors.items()}
     state.pop("mask_token", None)
     state = {k: t for k, t in state.items() if not k.startswith("pre_logits.")}  # as timm
-    return huggingface.merge_registers(state), IMAGENET if original else {}
+    return huggingface.merge_registers(state), hints
 
 
 def _timm_hints(config: dict) -> dict:
