@@ -35,7 +35,7 @@ def _lands_soon() -> str | None:
 
 # Order of preference. Images are uint8 or float, every parameter has its own dtype.
 BACKENDS = (
-    Backend("cpu", limit=_lands_soon),
+    Backend("cpu"),
     Backend("cuda", limit=_not_written_yet),
     Backend("triton", limit=_lands_soon),
     Backend("torch", EVERY_FLOAT),
