@@ -1,22 +1,30 @@
-"""FusedViT under DDP and FSDP2 on two gloo processes: the gradients of one process alone."""
+"""FusedViT under DDP, FSDP2 and tensor parallelism on two gloo processes: one's gradients."""
 
 import copy
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from vitkernels import FusedViT
 
 RANKS = 2
-WAYS = ("ddp", "fsdp_blocks", "fsdp_blocks_checkpointing", "fsdp_whole")
+WAYS = ("ddp", "fsdp_blocks", "fsdp_blocks_checkpointing", "fsdp_whole", "tensor_parallel")
 
 
 def distributed(model: FusedViT, way: str) -> torch.nn.Module:
     if way == "ddp":
         return DistributedDataParallel(model)
+    if way == "tensor_parallel":  # the MLPs: their Linears' weights become DTensors
+        plan = {}
+        for i in range(len(model.blocks)):
+            plan[f"blocks.{i}.mlp.fc1"] = ColwiseParallel()
+            plan[f"blocks.{i}.mlp.fc2"] = RowwiseParallel()
+        return parallelize_module(model, init_device_mesh("cpu", (RANKS,)), plan)
     if way.startswith("fsdp_blocks"):
         for block in model.blocks:
             fully_shard(block, reshard_after_forward=True)
@@ -37,7 +45,8 @@ def worker(rank: int, store: str) -> None:
     alone(x).square().mean().backward()
     for way in WAYS:
         sharded = distributed(copy.deepcopy(model), way)
-        sharded(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+        part = x if way == "tensor_parallel" else x[2 * rank : 2 * rank + 2]
+        sharded(part).square().mean().backward()
         for (name, got), expected in zip(
             sharded.named_parameters(), alone.parameters(), strict=True
         ):

@@ -117,6 +117,14 @@ def test_uint8_images_with_a_watched_projection():
     same({"y": ours(x)}, {"y": expected})
 
 
+@pytest.mark.parametrize("name", ["registers_layer_scale", "dynamic_pad"])
+def test_uint8_images_compile_as_one_graph(name):
+    _, ours = pair(name, depth=1)
+    x = torch.randint(0, 256, (2, 3, *CONFIGS[name][1]), dtype=torch.uint8)
+    torch._dynamo.reset()
+    same({"y": torch.compile(ours, backend="aot_eager", fullgraph=True)(x)}, {"y": ours(x)})
+
+
 @pytest.mark.parametrize("mode", ["bfloat16", "autocast"])
 def test_uint8_images_in_16_bits(mode):
     theirs, ours = pair("registers_layer_scale")

@@ -127,5 +127,8 @@ def test_normalisation_comes_with_the_model():
     ours = FusedViT.from_timm(dinov2).patch_embed
     assert torch.allclose(ours.mean, torch.tensor(dinov2.pretrained_cfg["mean"]))
     assert torch.allclose(ours.std, torch.tensor(dinov2.pretrained_cfg["std"]))
+    theirs, ours = dinov2, FusedViT.from_timm(dinov2)
+    resolve = timm.data.resolve_data_config
+    assert resolve(model=ours) == resolve(model=theirs)
     gray = timm.create_model("vit_small_patch14_dinov2", depth=1, img_size=28, in_chans=1)
     assert FusedViT.from_timm(gray).patch_embed.mean.tolist() == pytest.approx([0.449])

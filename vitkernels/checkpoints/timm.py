@@ -5,6 +5,7 @@ timm is imported only to make a model from its name.
 
 from __future__ import annotations
 
+import copy
 import functools
 
 from torch import nn
@@ -27,6 +28,9 @@ def vit_from_timm(cls, source: str | nn.Module, pretrained: bool = False, **kwar
         for name in ("drop_path1", "drop_path2"):  # a schedule of its own
             getattr(block, name).drop_prob = getattr(getattr(theirs, name), "drop_prob", 0.0)
     model.grad_checkpointing = source.grad_checkpointing
+    for name in ("pretrained_cfg", "default_cfg"):  # timm.data.resolve_data_config reads it
+        if hasattr(source, name):
+            setattr(model, name, copy.deepcopy(getattr(source, name)))
     return model
 
 
