@@ -1,18 +1,22 @@
-"""The `vitkernels` command: info and demo. Bad usage is one line and exit status 2."""
+"""The `vitkernels` command. Bad usage is one line and exit status 2."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from .. import _dispatch
+import torch
+
 from .._version import __version__
+from . import attention_map, bench, check, demo, info, predict
+from .usage import UsageError, one_line
 
+__all__ = ["UsageError", "main"]
 
-class UsageError(Exception):
-    """One line that says what to do; exit status 2."""
+# In the order of --help. Each module has configure(commands) and imports what is heavy in its run.
+COMMANDS = (info, demo, check, predict, attention_map, bench)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,8 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"vitkernels: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `vitkernels ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except OSError as error:  # a full disk, a folder taken away
         print(f"vitkernels: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"vitkernels: out of memory, lower --batch: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nvitkernels: interrupted", file=sys.stderr)
@@ -39,55 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vitkernels", description="Fused kernels for Vision Transformers.")
     parser.add_argument("--version", action="version", version=f"vitkernels {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
-
-    info = commands.add_parser("info", help="what runs on this machine, and what would add more")
-    info.set_defaults(run=_info)
-
-    demo = commands.add_parser(
-        "demo", help="train, check and time a Vision Transformer on real images; under two minutes"
-    )
-    demo.add_argument(
-        "--out",
-        type=Path,
-        default=Path("vitkernels_demo"),
-        metavar="FOLDER",
-        help="report folder; an earlier report in it is replaced (default: %(default)s)",
-    )
-    demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    demo.add_argument(
-        "--backend",
-        choices=("auto", *_dispatch.BACKEND_NAMES),
-        default="auto",
-        help="what `fused` runs on (default: auto)",
-    )
-    demo.add_argument(
-        "--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)"
-    )
-    demo.add_argument("--seed", type=int, default=0, metavar="N")
-    demo.add_argument(
-        "--quick",
-        action="store_true",
-        help="a few seconds: every step shortened, no accuracy claim",
-    )
-    demo.set_defaults(run=_demo)
+    for command in COMMANDS:
+        command.configure(commands)
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
-    return value
-
-
-def _info(options: argparse.Namespace) -> int:
-    from .info import print_info
-
-    print_info()
-    return 0
-
-
-def _demo(options: argparse.Namespace) -> int:
-    from .demo import run
-
-    return run(options)

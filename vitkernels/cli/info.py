@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -15,6 +16,16 @@ from .._version import __version__
 
 # Facts of an ordinary call, for the limits of the BACKENDS tables.
 _SAMPLE_FACTS = {"attention": {"D": 64}, "attention_qkvpacked": {"D": 64}}
+
+
+def configure(commands) -> None:
+    parser = commands.add_parser("info", help="what runs on this machine, and what would add more")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    print_info()
+    return 0
 
 
 def print_info() -> None:

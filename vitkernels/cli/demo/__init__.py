@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+from pathlib import Path
 
-import torch
+from ..arguments import add_backend, add_device
+from ..usage import check_backend, device_of, need, threads
 
-from ... import _native
-from .. import UsageError
-
-NEEDS = {  # module: package
-    "sklearn": "scikit-learn",
-    "matplotlib": "matplotlib",
-    "PIL": "pillow",
-    "rich": "rich",
-    "numpy": "numpy",
-}
+NEEDS = ("sklearn", "matplotlib", "PIL", "rich", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,34 +29,37 @@ FULL = Plan()
 QUICK = Plan(epochs=3, agreement_steps=10, model="vit_tiny_patch16_224", batch=2, rounds=2)
 
 
+def configure(commands) -> None:
+    parser = commands.add_parser(
+        "demo", help="train, check and time a Vision Transformer on real images; under two minutes"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("vitkernels_demo"),
+        metavar="FOLDER",
+        help="report folder; an earlier report in it is replaced (default: %(default)s)",
+    )
+    add_device(parser)
+    add_backend(parser, "`fused`")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few seconds: every step shortened, no accuracy claim",
+    )
+    parser.set_defaults(run=run)
+
+
 def run(options: argparse.Namespace) -> int:
-    missing = [package for module, package in NEEDS.items() if not _installed(module)]
-    if missing:
-        raise UsageError(
-            f"demo needs {', '.join(missing)}: pip install 'vitkernels[demo]' or pip install "
-            + " ".join(missing)
-        )
+    need("demo", "demo", *NEEDS)
     from .report import check_folder
 
-    device = _device(options.device)
-    if options.backend != "auto" and _native.missing[options.backend] is not None:
-        raise UsageError(f"--backend {options.backend}: {_native.missing[options.backend]}")
+    device = device_of(options.device)
+    check_backend(options.backend)
     out = options.out.resolve()
     check_folder(out)
     from .stages import Demo
 
-    threads = torch.get_num_threads()
-    try:
+    with threads(None):  # Demo sets them for each stage
         return 0 if Demo(options, QUICK if options.quick else FULL, device).run(out) else 1
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no NVIDIA GPU is visible to torch: use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import UsageError
+from ..usage import UsageError
 from .photos import Row
 
 FILES = (

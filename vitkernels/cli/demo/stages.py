@@ -16,7 +16,7 @@ from ... import use_backend
 from ..._version import __version__
 from ..info import cpu_name, taken_backend
 from . import Plan, agreement, digits, photos, pictures, report
-from .progress import bar
+from ..progress import bar
 
 ACCURACY = 0.97
 

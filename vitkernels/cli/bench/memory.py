@@ -1,0 +1,59 @@
+"""The most memory that a call holds beyond what was held before it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+METHODS = {
+    "cuda": "torch.cuda.max_memory_allocated",
+    "cpu": "growth of the resident memory to its peak (VmHWM), from after malloc_trim",
+    "none": "not measured: /proc/self/clear_refs is not there",
+}
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """GPU: torch's allocator. CPU: the kernel's own high-water mark of resident memory.
+
+    What earlier calls freed but malloc kept would hide the growth, so it is given back first; what
+    a library keeps from its first call (oneDNN's scratch memory) is held before and not counted.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()
+    _give_back()
+    try:
+        _CLEAR.write_text("5")  # the high-water mark starts again from here
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    call()
+    return max(_status("VmHWM") - before, 0)
+
+
+def method(device: torch.device) -> str:
+    return METHODS["none" if device.type == "cpu" and not _CLEAR.exists() else device.type]
+
+
+def _give_back() -> None:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # not glibc
+        pass
+
+
+def _status(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{_STATUS} has no {field}")

@@ -1,0 +1,57 @@
+"""The model that `predict` and `attention-map` look through: weights, device, dtype, pixels."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..models import FusedViT
+from . import naming
+from .arguments import DTYPES
+from .images import Preprocessing, read_image
+from .recipe import preprocessing
+from .usage import UsageError, device_of
+
+@dataclasses.dataclass
+class Eye:
+    """A model in evaluation mode, and how images become its input."""
+
+    model: FusedViT
+    preprocessing: Preprocessing
+    device: torch.device
+    dtype: torch.dtype
+
+    @staticmethod
+    def open(options: argparse.Namespace) -> Eye:
+        device = device_of(options.device)
+        settings = {} if options.image_size is None else {"img_size": options.image_size}
+        if options.weights is None:
+            torch.manual_seed(0)
+            model = naming.make_model(options.model, **settings)
+        else:
+            model = naming.load_model(options.model, options.weights, **settings)
+        if model.in_chans not in (1, 3):
+            raise UsageError(
+                f"--model {options.model} takes {model.in_chans} channels: images have 1 or 3"
+            )
+        how = preprocessing(options, model, model.patch_embed.img_size, options.weights)
+        dtype = DTYPES[options.dtype]
+        return Eye(model.to(device, dtype).eval(), how, device, dtype)
+
+    def read(self, path: Path) -> tuple[Image.Image, Tensor]:
+        """The upright image, and the pixels that the model takes."""
+        image = read_image(path, self.model.in_chans)
+        return image, self.preprocessing.pixels(image)
+
+    def input(self, pixels: list[Tensor]) -> Tensor:
+        """A batch of uint8 pixels, normalised."""
+        batch = torch.stack(pixels).to(self.device)
+        shape = (-1, 1, 1)
+        mean = torch.tensor(self.preprocessing.mean, device=self.device).view(shape)
+        std = torch.tensor(self.preprocessing.std, device=self.device).view(shape)
+        return ((batch / 255 - mean) / std).to(self.dtype)
