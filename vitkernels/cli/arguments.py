@@ -89,10 +89,13 @@ def add_backend(parser: argparse.ArgumentParser, what: str) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, metavar="NAME", help="timm's name (default: %(default)s)"
+        "--model", metavar="NAME", help="timm's name (default: what the weights look like)"
     )
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="checkpoint: .safetensors, .pth, .bin or .npz"
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint: .safetensors, .pth, .bin, .npz, or a folder with config.json",
     )
     parser.add_argument(
         "--image-size", type=positive, metavar="N", help="pixels (default: the model's own)"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .arguments import add_model
+from .arguments import DEFAULT_MODEL, add_model
 from .usage import UsageError, check_output_file, need, threads, whole_file
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
         _check_numbers(options, eye.model)
         image, pixels = eye.read(options.image)
         panels = heat_panels(eye.model, eye.input([pixels]), options)
-    weights = str(options.weights) if options.weights else "RANDOM weights"
+    name = options.model or (DEFAULT_MODEL if options.weights is None else "ViT")
+    weights = options.weights.name if options.weights else "RANDOM weights"
     if options.weights is None:
         print(
             "vitkernels: no --weights FILE: this is where a model with random weights looks",
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     from .pictures import draw
 
     with whole_file(options.out) as building:
-        draw(building, pixels, panels, f"{options.model}, {weights}", options.image.name)
+        draw(building, pixels, panels, f"{name}, {weights}", options.image.name)
     print(f"{options.out}: {len(panels)} maps of {eye.preprocessing.describe()}")
     return 0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..models import FusedViT
 from . import naming
-from .arguments import DTYPES
+from .arguments import DEFAULT_MODEL, DTYPES
 from .images import Preprocessing, read_image
 from .recipe import preprocessing
 from .usage import UsageError, device_of
@@ -24,7 +24,6 @@ class Eye:
     model: FusedViT
     preprocessing: Preprocessing
     device: torch.device
-    dtype: torch.dtype
 
     @staticmethod
     def open(options: argparse.Namespace) -> Eye:
@@ -32,16 +31,16 @@ class Eye:
         settings = {} if options.image_size is None else {"img_size": options.image_size}
         if options.weights is None:
             torch.manual_seed(0)
-            model = naming.make_model(options.model, **settings)
+            model = naming.make_model(options.model or DEFAULT_MODEL, **settings)
         else:
             model = naming.load_model(options.model, options.weights, **settings)
         if model.in_chans not in (1, 3):
             raise UsageError(
-                f"--model {options.model} takes {model.in_chans} channels: images have 1 or 3"
+                f"the model takes {model.in_chans} channels: images have 1 or 3"
             )
         how = preprocessing(options, model, model.patch_embed.img_size, options.weights)
-        dtype = DTYPES[options.dtype]
-        return Eye(model.to(device, dtype).eval(), how, device, dtype)
+        model.patch_embed.set_normalization(how.mean, how.std)
+        return Eye(model.to(device, DTYPES[options.dtype]).eval(), how, device)
 
     def read(self, path: Path) -> tuple[Image.Image, Tensor]:
         """The upright image, and the pixels that the model takes."""
@@ -49,9 +48,5 @@ class Eye:
         return image, self.preprocessing.pixels(image)
 
     def input(self, pixels: list[Tensor]) -> Tensor:
-        """A batch of uint8 pixels, normalised."""
-        batch = torch.stack(pixels).to(self.device)
-        shape = (-1, 1, 1)
-        mean = torch.tensor(self.preprocessing.mean, device=self.device).view(shape)
-        std = torch.tensor(self.preprocessing.std, device=self.device).view(shape)
-        return ((batch / 255 - mean) / std).to(self.dtype)
+        """A batch of uint8 pixels; the model normalises them itself."""
+        return torch.stack(pixels).to(self.device)

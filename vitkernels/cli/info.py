@@ -131,7 +131,9 @@ def choices(device: torch.device) -> list[tuple[str, str]]:
             if row.name != taken:
                 others.setdefault(why_not(op, row, device), []).append(row.name)
         reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in others.items())
-        rows.append((op, f"{taken}  ({reasons})"))
+        in_bf16 = taken_backend(op, device, torch.bfloat16)
+        also = "" if in_bf16 == taken else f", {in_bf16} in bf16"
+        rows.append((op, f"{taken}{also}  ({reasons})"))
     return rows
 
 

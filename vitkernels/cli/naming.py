@@ -6,11 +6,10 @@ import difflib
 import re
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ..models import FusedViT
-from ..models.vit import SIZES
+from ..models.loaders import SIZES
 from .timm_peer import import_timm
 from .usage import UsageError, check_input_file, one_line
 
@@ -46,7 +45,7 @@ def make_model(name: str, **settings) -> FusedViT:
     check_name(name)
     try:
         if is_plain(name):
-            return FusedViT.named(name, **settings).eval()
+            return _with_patches(FusedViT.named(name, **settings).eval())
     except ValueError as error:
         raise UsageError(f"--model {name}: {one_line(error)}") from error
     return from_timm_model(name, make_timm_model(name, **settings))
@@ -63,32 +62,77 @@ def from_timm_model(name: str, model: nn.Module) -> FusedViT:
 def make_timm_model(name: str, **settings) -> nn.Module:
     """timm's own model of a name that check_name let pass."""
     try:
-        return import_timm().create_model(name, pretrained=False, **settings).eval()
+        model = import_timm().create_model(name, pretrained=False, **settings).eval()
     except Exception as error:  # timm asserts, and raises what its layers raise
         raise UsageError(f"--model {name}: timm refuses it: {one_line(error)}") from error
+    return _with_patches(model)
 
 
-def load_model(name: str, path: Path, **settings) -> FusedViT:
-    """A FusedViT of this name with the weights of a file; the weights say how many classes."""
-    check_input_file(path, "--weights")
-    check_name(name)
-    state = read_state(path)
-    if isinstance(state.get("head.bias"), torch.Tensor):
-        settings["num_classes"] = len(state["head.bias"])
-    model = make_model(name, **settings)
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise UsageError(f"--weights: {path} does not fit --model {name}: {one_line(error)[:300]}")
+def _with_patches(model: nn.Module) -> nn.Module:
+    embed = getattr(model, "patch_embed", None)
+    if 0 in (getattr(embed, "grid_size", None) or ()):
+        (H, W), (ph, pw) = embed.img_size, embed.patch_size
+        raise UsageError(f"--image-size: {H}x{W} pixels are less than one patch of {ph}x{pw}")
     return model
 
 
-def read_state(path: Path) -> dict:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+def load_model(name: str | None, path: Path, **settings) -> FusedViT:
+    """A FusedViT with the weights of a file or folder, which say how many classes there are.
 
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UsageError(f"--weights: {path} cannot be read as a checkpoint: {one_line(error)}")
+    name: the architecture to expect, and what shapes do not tell (heads, activation); None takes
+    what the weights look like.
+    """
+    if not path.is_dir():
+        check_input_file(path, "--weights")
+    if name is None:
+        return _pretrained(path, **settings)
+    like = _skeleton(name, **settings)
+    size = {"img_size": like.patch_embed.img_size}
+    try:
+        loaded = _pretrained(path, num_heads=like.blocks[0].attn.num_heads, **size)
+    except UsageError:  # so many heads do not fit this width: then say which width it is
+        loaded = _pretrained(path, **size)
+    differences = [
+        f"{what} is {found} where {expected} is expected"
+        for (what, found), (_, expected) in zip(_shape(loaded), _shape(like), strict=True)
+        if found != expected
+    ]
+    if differences:
+        raise UsageError(
+            f"--weights: {path} is not of --model {name} ({', '.join(differences)}): name its own "
+            "model, or leave --model out"
+        )
+    if is_plain(name):
+        return loaded
+    settings |= {"num_classes": loaded.num_classes, "img_size": loaded.patch_embed.img_size}
+    model = make_model(name, in_chans=loaded.in_chans, **settings)
+    try:
+        model.load_state_dict(loaded.to_timm_state_dict(), strict=True)
+    except RuntimeError as error:
+        raise UsageError(f"--weights: {path} is not of --model {name}: {one_line(error)}") from None
+    return model
+
+
+def _pretrained(path: Path, **settings) -> FusedViT:
+    try:
+        return _with_patches(FusedViT.from_pretrained(path, **settings).eval())
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        raise UsageError(f"--weights: {one_line(error).removeprefix('from_pretrained: ')}") from None
+
+
+def _skeleton(name: str, **settings) -> FusedViT:
+    """Of this name, to be compared with, not run."""
+    check_name(name)
+    if is_plain(name):
+        return FusedViT.named(name, weight_init="skip", device="meta", **settings)
+    return make_model(name, **settings)
+
+
+def _shape(model: FusedViT) -> tuple[tuple[str, object], ...]:
+    return (
+        ("the width", model.embed_dim),
+        ("the depth", len(model.blocks)),
+        ("the patch size", "x".join(map(str, model.patch_embed.patch_size))),
+        ("the MLP's width", model.blocks[0].mlp.fc1.out_features),
+        ("the number of register tokens", model.num_reg_tokens),
+    )

@@ -14,14 +14,13 @@ from .timm_peer import import_timm
 from .usage import UsageError
 
 PILLOW_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def preprocessing(
     options: argparse.Namespace, model, size: tuple[int, int], weights: Path | None
 ) -> Preprocessing:
     """From the arguments, else from beside the weights, else timm's, else the usual."""
-    found = _beside(weights) or _from_timm(options.model) or _of_deit(options.model)
+    found = _beside(weights) or _from_timm(options.model) or _from_model(model)
     asked = {
         name: getattr(options, name)
         for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")
@@ -48,8 +47,11 @@ def _spread(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
     return tuple(values) * in_chans if len(values) == 1 else tuple(values)
 
 
-def _of_deit(name: str) -> dict:
-    return {**IMAGENET, "source": "the usual values of DeiT"} if name.startswith("deit") else {}
+def _from_model(model) -> dict:
+    """What the loader put into the model."""
+    embed = model.patch_embed
+    mean, std = (tuple(t.tolist()) for t in (embed.mean, embed.std))
+    return {"mean": mean, "std": std, "source": "the usual values of such weights"}
 
 
 # --- where it can be read -------------------------------------------------------------------------
@@ -78,9 +80,9 @@ def _beside(weights: Path | None) -> dict:
     return {}
 
 
-def _from_timm(name: str) -> dict:
+def _from_timm(name: str | None) -> dict:
     """timm's record, for the models that timm itself had to build."""
-    if is_plain(name):
+    if name is None or is_plain(name):
         return {}
     timm = import_timm()
     facts = timm and timm.models.get_pretrained_cfg(name)

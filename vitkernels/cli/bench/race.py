@@ -76,6 +76,7 @@ class Entry:
     name: str
     best: float  # seconds
     median: float
+    cpu: float  # seconds of processor time of all threads, the least of the rounds
     rounds: int
     peak: int | None  # bytes beyond what the model held
     error: float  # of the logits or the loss, relative to float64
@@ -159,8 +160,9 @@ class Race:
         times = samples[contender.name]
         return Entry(
             name=contender.name,
-            best=min(times),
-            median=statistics.median(times),
+            best=min(wall for wall, _ in times),
+            median=statistics.median(wall for wall, _ in times),
+            cpu=min(cpu for _, cpu in times),
             rounds=len(times),
             peak=peaks[contender.name],
             error=next(iter(mine.values())),
@@ -175,11 +177,11 @@ def _call(contender: Contender, x: Tensor, target: Tensor, train: bool) -> Calla
 
 def take_turns(
     calls: dict[str, Callable[[], object]], seconds: float, least: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each call, in rounds of random order, for so many seconds in total."""
+) -> dict[str, list[tuple[float, float]]]:
+    """(wall, processor) seconds of each call, in rounds of random order, for `seconds` in all."""
     for call in calls.values():
         call()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     order, rng, end = list(calls), random.Random(0), time.perf_counter() + seconds
     while time.perf_counter() < end or len(samples[order[0]]) < least:
         rng.shuffle(order)
@@ -188,11 +190,11 @@ def take_turns(
     return samples
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def _seconds(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - start_cpu

@@ -15,7 +15,7 @@ from ..._version import __version__
 from ..info import cpu_name
 from ..output import table as make_table
 from ..usage import whole_file
-from . import FORWARD, TRAIN, memory
+from . import FORWARD, memory
 from .contenders import OURS
 from .race import Race, Result
 
@@ -49,7 +49,7 @@ def headline(race: Race) -> str:
 
 def table(result: Result):
     made = make_table(
-        "", "images/s", "median ms", "best ms", "peak MiB", "error", "ours is faster by",
+        "", "images/s", "median ms", "best ms", "CPU ms", "peak MiB", "error", "ours is faster",
         title=result.case.title,
     )  # fmt: skip
     for entry in sorted(result.entries, key=lambda e: e.best):
@@ -61,6 +61,7 @@ def table(result: Result):
             f"{result.batch / entry.median:.1f}",
             f"{1e3 * entry.median:.1f}",
             f"{1e3 * entry.best:.1f}",
+            f"{1e3 * entry.cpu:.1f}",
             "-" if entry.peak is None else f"{entry.peak / 2**20:.0f}",
             f"{entry.error:.1e}",
             ratio,
@@ -71,8 +72,9 @@ def table(result: Result):
 def footnote(race: Race) -> str:
     what = "logits (of the loss where it trains)"
     return (
-        f"best of alternating rounds; peak: {memory.method(race.plan.device)}; error: of the "
-        f"{what}, relative to float64; load now {load()}"
+        f"ratios: best of alternating rounds; CPU ms: of all threads; peak: "
+        f"{memory.method(race.plan.device)}; error: of the {what}, relative to float64; "
+        f"load now {load()}"
     )
 
 
