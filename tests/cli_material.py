@@ -1,4 +1,4 @@
-"""What the tests of the command line share: a tiny checkpoint, pictures, one run in this process."""
+"""What the tests of the command line share: a tiny checkpoint, pictures, a run in this process."""
 
 import json
 

@@ -33,7 +33,9 @@ def test_pixels_are_those_of_timms_evaluation(crop_mode, interpolation, size, cr
     got = ours.pixels(image)
     assert got.dtype == torch.uint8 and got.shape == (3, *size)
     assert torch.equal(got, theirs(image))
-    cases.record("predict", "timm's transform", interpolation, (shape, size), f"{crop_mode}{crop_pct}")
+    cases.record(
+        "predict", "timm's transform", interpolation, (shape, size), f"{crop_mode}{crop_pct}"
+    )
 
 
 def test_every_interpolation_is_pillows():

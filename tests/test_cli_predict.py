@@ -5,7 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from cli_material import CLASSES, gradient, photograph, predict_json, run, save_photograph, save_tiny
+from cli_material import (
+    CLASSES,
+    gradient,
+    photograph,
+    predict_json,
+    run,
+    save_photograph,
+    save_tiny,
+)
 from PIL import Image
 from vit_pairs import needs_timm
 
@@ -33,7 +41,9 @@ def test_probabilities_are_those_of_timm(tmp_path, capsys, tiny):
         img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1, num_classes=CLASSES
     ).eval()
     theirs.load_state_dict(model.state_dict())
-    transform = create_transform((3, 32, 32), interpolation="bicubic", crop_pct=0.9, mean=mean, std=std)
+    transform = create_transform(
+        (3, 32, 32), interpolation="bicubic", crop_pct=0.9, mean=mean, std=std
+    )
     names = ["china", "flower"]
     with torch.no_grad():
         expected = theirs(torch.stack([transform(photograph(n)) for n in names])).softmax(-1)
@@ -182,7 +192,9 @@ def test_maps_are_drawn(tmp_path, capsys, options, maps, pool):
     more = {} if pool == "token" else {"class_token": False, "global_pool": "avg"}
     path, _ = save_tiny(tmp_path, embed_dim=128, num_heads=2, **more)
     image, out = save_photograph(tmp_path), tmp_path / "map.png"
-    status, said, err = run(capsys, "attention-map", image, "--out", out, "--weights", path, *options)
+    status, said, err = run(
+        capsys, "attention-map", image, "--out", out, "--weights", path, *options
+    )
     assert status == 0 and err == "" and f"{maps} maps" in said
     pixels = picture(out)
     assert min(pixels.shape[:2]) > 400 and pixels.std() > 10

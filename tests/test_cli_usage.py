@@ -88,7 +88,7 @@ PREDICT = {
     "good.png --weights configured/model.pth": "preprocessor_config.json beside the weights cannot",
     f"good.png {WEIGHTS} --model vit_smal_patch16_224": "did you mean vit_small_patch16_224",
     f"good.png {WEIGHTS} --model vit_small_patch16_224": "the width is 64 where 384 is expected",
-    f"good.png {WEIGHTS} --image-size 7": "less than one patch of 8x8",
+    f"good.png {WEIGHTS} --image-size 7": "--image-size: the positions of model.pth cannot",
     f"good.png {WEIGHTS} --labels absent.txt": "--labels: absent.txt does not exist",
     f"good.png {WEIGHTS} --labels six.txt": "names 6 classes, the weights have 7",
     f"good.png {WEIGHTS} --labels broken.json": "broken.json is not valid JSON",

@@ -40,7 +40,7 @@ def fraction(text: str) -> float:
 
 
 def channels(text: str) -> tuple[float, ...]:
-    """"0.5" or "0.485,0.456,0.406"."""
+    """ "0.5" or "0.485,0.456,0.406"."""
     values = tuple(_number(part) for part in text.split(","))
     if not all(math.isfinite(value) for value in values):
         raise argparse.ArgumentTypeError(

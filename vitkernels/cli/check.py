@@ -70,7 +70,8 @@ def run(options: argparse.Namespace) -> int:
         out = console()
         where = f"{options.weights}" if options.weights else "random weights"
         out.print(
-            f"{options.model}, {where}, batch {options.batch}, fused on {options.backend!r} ({device})"
+            f"{options.model}, {where}, batch {options.batch}; "
+            f"fused on {options.backend!r}, {device}"
         )
         x = torch.randn(options.batch, ours.in_chans, *ours.patch_embed.img_size)
         findings = compare(theirs, ours, x.to(device), options)
@@ -85,7 +86,6 @@ def run(options: argparse.Namespace) -> int:
 
 def make_pair(options) -> tuple[nn.Module, nn.Module]:
     """timm's model and ours with equal weights, evaluating."""
-    from ..models import FusedViT
     from . import naming
 
     torch.manual_seed(options.seed)

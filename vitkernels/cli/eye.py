@@ -17,6 +17,7 @@ from .images import Preprocessing, read_image
 from .recipe import preprocessing
 from .usage import UsageError, device_of
 
+
 @dataclasses.dataclass
 class Eye:
     """A model in evaluation mode, and how images become its input."""
@@ -35,9 +36,7 @@ class Eye:
         else:
             model = naming.load_model(options.model, options.weights, **settings)
         if model.in_chans not in (1, 3):
-            raise UsageError(
-                f"the model takes {model.in_chans} channels: images have 1 or 3"
-            )
+            raise UsageError(f"the model takes {model.in_chans} channels: images have 1 or 3")
         how = preprocessing(options, model, model.patch_embed.img_size, options.weights)
         model.patch_embed.set_normalization(how.mean, how.std)
         return Eye(model.to(device, DTYPES[options.dtype]).eval(), how, device)

@@ -117,11 +117,14 @@ def read_image(path: Path, in_chans: int = 3) -> Image.Image:
                 file.load()
                 image = ImageOps.exif_transpose(file)
     except UnidentifiedImageError:
-        raise UsageError(f"{path} is not an image that Pillow can read: name a JPEG, PNG, ...")
+        what = "is not an image that Pillow can read: name a JPEG, PNG, ..."
+        raise UsageError(f"{path} {what}") from None
     except Image.DecompressionBombError:
-        raise UsageError(f"{path} has too many pixels to be decoded safely: make it smaller first")
+        what = "has too many pixels to be decoded safely: make it smaller first"
+        raise UsageError(f"{path} {what}") from None
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        raise UsageError(f"{path} is damaged or incomplete ({one_line(error)}): fetch it again")
+        what = f"is damaged or incomplete ({one_line(error)}): fetch it again"
+        raise UsageError(f"{path} {what}") from error
     return _on_white(_eight_bits(image, path)).convert("L" if in_chans == 1 else "RGB")
 
 
@@ -133,9 +136,9 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
     low, high = float(values.min()), float(values.max())
     if image.mode.startswith("I;16") or (image.mode == "I" and 255 < high <= 65535 and low >= 0):
         values = values / 257
-    elif image.mode == "F" and 0 <= low and high <= 1:
+    elif image.mode == "F" and low >= 0 and high <= 1:
         values = values * 255
-    elif not (0 <= low and high <= 255):
+    elif not (low >= 0 and high <= 255):
         raise UsageError(
             f"{path} holds gray values from {low:g} to {high:g}, whose range is not known: "
             "convert it to 8 bits first"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from pathlib import Path
 
 from torch import nn
@@ -115,9 +116,18 @@ def load_model(name: str | None, path: Path, **settings) -> FusedViT:
 
 def _pretrained(path: Path, **settings) -> FusedViT:
     try:
-        return _with_patches(FusedViT.from_pretrained(path, **settings).eval())
-    except (ValueError, ImportError, OSError, RuntimeError) as error:
-        raise UsageError(f"--weights: {one_line(error).removeprefix('from_pretrained: ')}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch.load, about old files
+            return _with_patches(FusedViT.from_pretrained(path, **settings).eval())
+    except RuntimeError as error:  # of the resampling
+        raise UsageError(
+            f"--image-size: the positions of {path} cannot be resampled to it "
+            f"({one_line(error)}): name a multiple of the patch size"
+        ) from None
+    except (ValueError, ImportError, OSError) as error:
+        raise UsageError(
+            f"--weights: {one_line(error).removeprefix('from_pretrained: ')}"
+        ) from None
 
 
 def _skeleton(name: str, **settings) -> FusedViT:

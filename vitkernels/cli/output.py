@@ -18,7 +18,9 @@ def console(stderr: bool = False) -> Console:
 
 def table(*headings: str, left: int = 1, title: str | None = None) -> Table:
     """The first `left` columns are words, the others numbers, to the right."""
-    made = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False)
+    made = Table(
+        box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False
+    )
     for i, heading in enumerate(headings):
         made.add_column(heading, justify="left" if i < left else "right", overflow="fold")
     return made

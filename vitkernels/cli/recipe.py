@@ -13,7 +13,14 @@ from .naming import is_plain
 from .timm_peer import import_timm
 from .usage import UsageError
 
-PILLOW_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+PILLOW_RESAMPLING = {
+    0: "nearest",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+    4: "box",
+    5: "hamming",
+}
 
 
 def preprocessing(

@@ -62,8 +62,8 @@ class PatchEmbed(nn.Module):
             "mean": _per_channel("mean", mean, in_chans),
             "std": _per_channel("std", std, in_chans),
         }
-        self.set_normalization()
-        self.register_load_state_dict_post_hook(PatchEmbed.set_normalization)
+        self._renew_normalization()
+        self.register_load_state_dict_post_hook(PatchEmbed._renew_normalization)
 
     def _set_grid(self, img_size) -> None:
         self.img_size = pair(img_size)
@@ -89,7 +89,14 @@ class PatchEmbed(nn.Module):
             self.proj.kernel_size = self.proj.stride = self.patch_size
         self._set_grid(self.img_size if img_size is None else img_size)
 
-    def set_normalization(self, *_) -> None:
+    def set_normalization(self, mean=None, std=None) -> None:
+        """Other mean and std for uint8 images: a float, or one for each channel."""
+        for name, value in (("mean", mean), ("std", std)):
+            if value is not None:
+                self._normalization[name] = _per_channel(name, value, self.proj.in_channels)
+        self._renew_normalization()
+
+    def _renew_normalization(self, *_) -> None:
         """mean and std as (in_chans,) fp32 buffers beside the parameters, whatever their dtype."""
         for name, values in self._normalization.items():
             tensor = torch.tensor(values, dtype=torch.float32, device=self.proj.weight.device)
@@ -97,7 +104,7 @@ class PatchEmbed(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> PatchEmbed:
         super()._apply(fn, recurse)
-        self.set_normalization()  # 16 bits of a mean are too few; and never from a meta tensor
+        self._renew_normalization()  # 16 bits of a mean are too few; and never from a meta tensor
         return self
 
     def forward(self, x: Tensor) -> Tensor:

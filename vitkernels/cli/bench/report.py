@@ -53,9 +53,10 @@ def table(result: Result):
         title=result.case.title,
     )  # fmt: skip
     for entry in sorted(result.entries, key=lambda e: e.best):
-        ratio = "" if entry.name == OURS else f"{result.ratio(entry):.2f}x"
+        ratio = result.ratio(entry)
+        said = "-" if ratio is None else "" if entry.name == OURS else f"{ratio:.2f}x"
         if entry.excess > 1:
-            ratio = f"DIFFERS: {entry.excess:.1f}x the error allowed"
+            said = f"DIFFERS: {entry.excess:.1f}x the error allowed"
         made.add_row(
             entry.name,
             f"{result.batch / entry.median:.1f}",
@@ -64,7 +65,7 @@ def table(result: Result):
             f"{1e3 * entry.cpu:.1f}",
             "-" if entry.peak is None else f"{entry.peak / 2**20:.0f}",
             f"{entry.error:.1e}",
-            ratio,
+            said,
         )
     return made
 
@@ -102,7 +103,7 @@ def rows(race: Race, results: list[Result]) -> list[dict]:
         prefix = "infer" if result.case.direction == FORWARD else "train"
         for entry in result.entries:
             row = found.setdefault((entry.name, result.case.dtype), _row(race, entry, result))
-            ratio = 1.0 if entry.name == OURS else result.ratio(entry)
+            ratio = result.ratio(entry)
             row |= {
                 f"{prefix}_samples_per_sec": round(race.plan.batch / entry.median, 2),
                 f"{prefix}_step_time": round(1e3 * entry.median, 3),
@@ -110,7 +111,7 @@ def rows(race: Race, results: list[Result]) -> list[dict]:
                 f"{prefix}_batch_size": race.plan.batch,
                 f"{prefix}_img_size": race.image_size[-1],
                 f"{prefix}_peak_mib": "" if entry.peak is None else round(entry.peak / 2**20, 1),
-                f"{prefix}_speedup": round(1 / ratio, 3),
+                f"{prefix}_speedup": "" if ratio is None else round(1 / ratio, 3),
             }
     return list(found.values())
 
@@ -163,8 +164,7 @@ def record(race: Race, results: list[Result]) -> dict:
                 "title": result.case.title,
                 "equal": result.equal,
                 "contenders": [
-                    dataclasses.asdict(entry)
-                    | {"ratio": None if entry.name == OURS else result.ratio(entry)}
+                    dataclasses.asdict(entry) | {"ratio": result.ratio(entry)}
                     for entry in result.entries
                 ],
             }

@@ -15,8 +15,8 @@ from rich.table import Table
 from ... import use_backend
 from ..._version import __version__
 from ..info import cpu_name, taken_backend
-from . import Plan, agreement, digits, photos, pictures, report
 from ..progress import bar
+from . import Plan, agreement, digits, photos, pictures, report
 
 ACCURACY = 0.97
 
