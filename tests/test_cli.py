@@ -88,17 +88,6 @@ def test_demo_refuses_a_folder_of_something_else(tmp_path, capsys):
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 
 
-def test_demo_without_its_extra_says_what_to_install(monkeypatch, capsys):
-    from vitkernels.cli import demo
-
-    monkeypatch.setattr(demo, "_installed", lambda module: module != "sklearn")
-    assert cli.main(["demo"]) == 2
-    err = capsys.readouterr().err
-    assert (
-        err.count("\n") == 1 and "pip install 'vitkernels[demo]'" in err and "scikit-learn" in err
-    )
-
-
 def test_demo_with_a_backend_that_is_not_here(capsys, monkeypatch):
     from vitkernels import _native
 
