@@ -144,14 +144,12 @@ def test_training_moves_every_contender_alike():
     model = tiny_model().train()
     sources = contenders.Sources(model, model, "plain PyTorch", "torch")
     x, target = torch.randn(3, 3, 32, 32), torch.tensor([0, 1, 2])
-    moved = []
+    curves = []
     for c in sources.contenders(torch.float32, True, False, "auto", torch.device("cpu")):
-        c.results(x, target, True)
-        first = [c.step(x, target).item() for _ in range(3)]
-        assert first[0] > first[1] > first[2]
-        moved.append(torch.cat([p.detach().flatten() for p in c.model.parameters()]))
-    start = torch.cat([p.detach().flatten() for p in model.parameters()])
-    assert (moved[0] - moved[1]).norm() < 0.02 * (moved[0] - start).norm()
+        c.results(x, target, True)  # leaves no gradient behind
+        curves.append([c.step(x, target).item() for _ in range(4)])
+        assert curves[-1] == sorted(curves[-1], reverse=True) and len(set(curves[-1])) == 4
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
 def test_columns_have_no_doubles():
