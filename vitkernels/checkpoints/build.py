@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import re
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ from ..nn.resample import resample_patch_embed, resample_pos_embed
 State = dict[str, Tensor]
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-# Heads do not show in the shapes. Width / 64, but for the models that are known to differ.
+# Heads do not show in the shapes. Width / 64, but for timm's models that are known to differ
+# (SO400M, huge, giant, SigLIP's giant, gigantic).
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1536: 16, 1664: 16}
 BICUBIC = {"mode": "bicubic", "antialias": True}
 BILINEAR = {"mode": "bilinear", "antialias": False}  # timm's choice for JAX checkpoints
@@ -39,13 +42,18 @@ def build(
     """
     where = {key: overrides[key] for key in ("device", "dtype") if overrides.get(key) is not None}
     overrides = {key: value for key, value in overrides.items() if key not in ("device", "dtype")}
-    found = {**settings_from_shapes(loader, origin, state, {**hints, **overrides}), **hints}
+    with one_sentence(loader, origin):
+        found = settings_from_shapes(loader, origin, state, {**hints, **overrides})
+    found = {**found, **hints}
     settings = {**found, **overrides}
     fresh_head = settings["num_classes"] != found["num_classes"]
     if fresh_head:
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
-    model = cls(**{**settings, "num_classes": 0 if fresh_head else settings["num_classes"]},
-                weight_init="skip", device="meta").eval()  # fmt: skip
+    head = {"num_classes": 0 if fresh_head else settings["num_classes"]}
+    try:
+        model = cls(**{**settings, **head}, weight_init="skip", device="meta").eval()
+    except ValueError as error:
+        raise ValueError(f"{loader}: {origin}: {error}") from error
     state = _fit_sizes(loader, origin, model, state, overrides, resampling)
     check_fit(loader, origin, model, state)
     copies = {key: value.detach().clone(memory_format=torch.contiguous_format)
@@ -66,7 +74,7 @@ def settings_from_shapes(loader: str, origin: str, state: State, known: dict) ->
     weight = _need(loader, origin, state, "patch_embed.proj.weight", 4)
     width, in_chans, *patch = weight.shape
     fc1 = _need(loader, origin, state, "blocks.0.mlp.fc1.weight", 2)
-    blocks = {int(key.split(".")[1]) for key in state if key.startswith("blocks.")}
+    blocks = [int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))]
     class_token, reg_token = state.get("cls_token"), state.get("reg_token")
     reg_tokens = 0 if reg_token is None else reg_token.shape[1]
     fc_norm, norm = "fc_norm.weight" in state, "norm.weight" in state
@@ -101,8 +109,9 @@ def settings_from_shapes(loader: str, origin: str, state: State, known: dict) ->
     positions = state["pos_embed"].shape[1] if "pos_embed" in state else 0
     class_positions = _class_positions(positions, prefix, tuple(patch), known)
     if positions and "img_size" not in known:
-        side = math.isqrt(positions - prefix * class_positions)
-        if side * side != positions - prefix * class_positions:
+        patches = max(0, positions - prefix * class_positions)
+        side = math.isqrt(patches)
+        if side == 0 or side * side != patches:
             raise ValueError(
                 f"{loader}: {origin}: {positions} positions are no square grid: name img_size"
             )
@@ -179,20 +188,37 @@ def _channels(weight: Tensor, in_chans: int) -> Tensor:
 def check_fit(loader: str, origin: str, model: nn.Module, state: State) -> None:
     """One sentence when names or shapes differ from the model's."""
     expected = model.state_dict()
+    both = [(key, state[key], value) for key, value in expected.items() if key in state]
     wrong = [
-        f"{key} is {tuple(state[key].shape)} where {tuple(value.shape)} is expected"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
+        f"{key} is {tuple(got.shape)} where {tuple(value.shape)} is expected"
+        for key, got, value in both
+        if got.shape != value.shape
+    ]
+    whole_numbers = [
+        f"{key} is {got.dtype} where a floating dtype is expected"
+        for key, got, _ in both
+        if not got.is_floating_point()
     ]
     problems = [
         _list("missing ", [key for key in expected if key not in state]),
         _list("not expected: ", [key for key in state if key not in expected]),
         _list("", wrong),
+        _list("", whole_numbers),
     ]
     if any(problems):
         raise ValueError(
             f"{loader}: {origin} does not fit FusedViT: {'; '.join(filter(None, problems))}"
         )
+
+
+@contextlib.contextmanager
+def one_sentence(loader: str, origin: str):
+    """What goes wrong while tensors of unexpected ranks are read, as an error about the file."""
+    try:
+        yield
+    except (IndexError, RuntimeError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{loader}: {origin} does not fit FusedViT: {reason}") from error
 
 
 def _list(what: str, names: list[str]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import GELUTanh, LayerNorm, QuickGELU
-from .build import IMAGENET, build
+from .build import IMAGENET, build, one_sentence
 from .files import read_folder
 
 MODELS = ("vit", "dinov2", "dinov2_with_registers")
@@ -81,7 +81,8 @@ def from_state(
 ):  # fmt: skip
     """From transformers' configuration (empty: what a ViT has by default) and names."""
     hints = _hints(loader, origin, config) if config else {"norm_layer": _norm_layer({})}
-    state = timm_state(loader, origin, tensors)
+    with one_sentence(loader, origin):
+        state = timm_state(loader, origin, tensors)
     hints["no_embed_class"] = "reg_token" in state
     dropout = hints.pop("hidden_dropout_prob", 0.0)
     model = build(

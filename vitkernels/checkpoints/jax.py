@@ -45,7 +45,7 @@ def timm_state(loader: str, origin: str, arrays: dict[str, Tensor]) -> tuple[dic
     if "cls" in arrays:
         state["cls_token"] = arrays["cls"]
     if "head/kernel" in arrays:
-        state["head.weight"], state["head.bias"] = arrays["head/kernel"].T, get("head/bias")
+        state["head.weight"], state["head.bias"] = arrays["head/kernel"].t(), get("head/bias")
     depth = _depth(arrays, scanned)
     for i in range(depth):
         block = f"Transformer/encoderblock{'' if scanned else f'_{i}'}/"
@@ -64,15 +64,15 @@ def _block(get, big_vision: bool) -> dict[str, Tensor]:
     return {
         "norm1.weight": get("LayerNorm_0/scale"),
         "norm1.bias": get("LayerNorm_0/bias"),
-        "attn.qkv.weight": torch.cat([get(f"{mha}{n}/kernel").flatten(1).T for n in qkv]),
+        "attn.qkv.weight": torch.cat([get(f"{mha}{n}/kernel").flatten(1).t() for n in qkv]),
         "attn.qkv.bias": torch.cat([get(f"{mha}{n}/bias").flatten() for n in qkv]),
-        "attn.proj.weight": get(f"{mha}out/kernel").flatten(0, 1).T,
+        "attn.proj.weight": get(f"{mha}out/kernel").flatten(0, 1).t(),
         "attn.proj.bias": get(f"{mha}out/bias"),
         "norm2.weight": get(f"LayerNorm_{norm2}/scale"),
         "norm2.bias": get(f"LayerNorm_{norm2}/bias"),
-        "mlp.fc1.weight": get(f"{mlp}Dense_0/kernel").T,
+        "mlp.fc1.weight": get(f"{mlp}Dense_0/kernel").t(),
         "mlp.fc1.bias": get(f"{mlp}Dense_0/bias"),
-        "mlp.fc2.weight": get(f"{mlp}Dense_1/kernel").T,
+        "mlp.fc2.weight": get(f"{mlp}Dense_1/kernel").t(),
         "mlp.fc2.bias": get(f"{mlp}Dense_1/bias"),
     }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..nn import QuickGELU
 from . import huggingface, jax, torchvision
-from .build import BICUBIC, BILINEAR, IMAGENET, State, build
+from .build import BICUBIC, BILINEAR, IMAGENET, State, build, one_sentence
 from .files import read_file, read_folder
 
 LOADER = "from_pretrained"
@@ -50,14 +50,15 @@ def _from_tensors(cls, origin: str, tensors: dict[str, Tensor], hints: dict, ove
     if source == "huggingface":
         return huggingface.from_state(cls, LOADER, origin, {}, tensors, overrides)
     resampling = BICUBIC
-    if source == "jax":
-        state, hints = jax.timm_state(LOADER, origin, tensors)
-        resampling = BILINEAR
-    elif source == "torchvision":
-        state, hints = torchvision.timm_state(tensors), IMAGENET
-    else:
-        state, found = _original_names(tensors)
-        hints = {**found, **hints}
+    with one_sentence(LOADER, origin):
+        if source == "jax":
+            state, hints = jax.timm_state(LOADER, origin, tensors)
+            resampling = BILINEAR
+        elif source == "torchvision":
+            state, hints = torchvision.timm_state(tensors), IMAGENET
+        else:
+            state, found = _original_names(tensors)
+            hints = {**found, **hints}
     return build(cls, LOADER, origin, state, hints, overrides, resampling=resampling)
 
 
