@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 
-from . import bench_add_layer_norm, bench_attention
+from vitkernels.cli.bench import report
+
+from . import bench_add_layer_norm, bench_attention, bench_models
 from .harness import Limits, Result, measure
 
 OPS = {
@@ -27,24 +29,31 @@ OPS = {
 }
 
 
+MODELS = "models"  # by name only: it takes minutes
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("op", nargs="*", help=f"of {', '.join(OPS)}; default all")
+    parser.add_argument("op", nargs="*", help=f"of {', '.join(OPS)} (default: these) or models")
     parser.add_argument("--all", action="store_true", help="every sample shape, not only targets")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each case")
     parser.add_argument("--warm", action="store_true", help="do not rotate the inputs")
     parser.add_argument("--json", type=Path, help="write the record here")
     options = parser.parse_args(arguments)
-    unknown = [op for op in options.op if op not in OPS]
+    unknown = [op for op in options.op if op not in (*OPS, MODELS)]
     if unknown:
-        parser.error(f"op must be one of {', '.join(OPS)}, got {', '.join(unknown)}")
+        parser.error(f"op must be one of {', '.join(OPS)} or {MODELS}, got {', '.join(unknown)}")
 
     torch.set_num_threads(options.threads)
     limits = Limits.measured()
     print(machine_line(limits))
     results, failures = [], []
-    for op in options.op or OPS:
+    raced = None
+    if MODELS in options.op:
+        raced = bench_models.run(4 * options.seconds)
+        failures += bench_models.failures(raced[1])
+    for op in [op for op in options.op if op != MODELS] or ([] if raced else OPS):
         for case in OPS[op](options.all):
             try:
                 result = measure(case, limits, options.seconds, options.warm)
@@ -54,9 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             results.append(result)
             print(f"\n{case.title}\n{table(result)}", flush=True)
+    aims = bench_models.targets(raced[1]) if raced else []
     if options.json:
-        options.json.write_text(json.dumps(record(limits, results, failures), indent=1) + "\n")
-    print(f"\n{summary(results, failures)}")
+        found = record(limits, results, failures)
+        found["models"] = report.record(*raced) if raced else None
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"\n{summary(results, failures, aims)}")
     return 1 if failures else 0
 
 
@@ -80,13 +92,12 @@ def verdict(ratio: float, must: float, stretch: float) -> str:
     return f"must {must}x, stretch {stretch}x: {met}"
 
 
-def summary(results: list[Result], failures: list[str]) -> str:
+def summary(results: list[Result], failures: list[str], of_models: list[tuple] = ()) -> str:
     lines = [f"{'target':64}{'measured':>10}{'must':>7}{'stretch':>9}"]
-    for result in results:
-        for peer, ratio, must, stretch in result.targets():
-            label = f"{result.case.title} / {peer}"
-            missed = "  MISSED" if ratio < must else ""
-            lines.append(f"{label:76}{ratio:8.2f}{must:7.2f}{stretch:9.2f}{missed}")
+    aims = [(result.case.title, *aim) for result in results for aim in result.targets()]
+    for title, peer, ratio, must, stretch in [*aims, *of_models]:
+        missed = "  MISSED" if ratio < must else ""
+        lines.append(f"{f'{title} / {peer}':76}{ratio:8.2f}{must:7.2f}{stretch:9.2f}{missed}")
     if len(lines) == 1:
         lines = [f"{len(results)} cases, none with a target"]
     return "\n".join([*lines, *(f"CHECK FAILED: {title}" for title in failures)])

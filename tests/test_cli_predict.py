@@ -149,6 +149,52 @@ def test_gray_model_and_other_image_size(tmp_path, capsys):
     assert status == 0 and "64x64 pixels" in out
 
 
+@pytest.mark.parametrize("key", ["id2label", "label_names"])
+def test_labels_beside_the_weights(tmp_path, capsys, tiny, key):
+    image = save_photograph(tmp_path)
+    names = [f"thing {i}" for i in range(CLASSES)]
+    facts = {key: dict(enumerate(names)) if key == "id2label" else names}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    top = predict_json(capsys, image, "--weights", tiny[0])[0]["predictions"][0]
+    assert top["label"] == f"thing {top['class']}"
+    (tmp_path / "config.json").write_text(json.dumps({key: names[:-1]}))
+    assert (
+        "class " in predict_json(capsys, image, "--weights", tiny[0])[0]["predictions"][0]["label"]
+    )
+
+
+def test_weights_of_transformers_in_a_folder(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=128,
+        image_size=32, patch_size=8, num_labels=CLASSES,
+    )  # fmt: skip
+    theirs = transformers.ViTForImageClassification(config).eval()
+    theirs.save_pretrained(tmp_path / "vit")
+    facts = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
+    facts |= {"size": {"height": 32, "width": 32}}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(facts))
+    image = photograph().resize((32, 32))
+    image.save(tmp_path / "small.png")
+    x = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        expected = theirs(x).logits.softmax(-1)[0]
+    found = predict_json(
+        capsys, tmp_path / "small.png", "--weights", tmp_path / "vit", "--topk", CLASSES
+    )
+    for p in found[0]["predictions"]:
+        assert p["probability"] == pytest.approx(expected[p["class"]].item(), abs=1e-5)
+        assert p["label"] == f"LABEL_{p['class']}"
+
+
+def test_outputs_that_are_not_numbers(tmp_path, capsys):
+    path, model = save_tiny(tmp_path)
+    model.head.bias.data[0] = float("nan")
+    torch.save(model.state_dict(), path)
+    status, out, err = run(capsys, "predict", save_photograph(tmp_path), "--weights", path)
+    assert status == 2 and out == "" and "are not numbers" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -37,7 +37,7 @@ class Eye:
             model = naming.load_model(options.model, options.weights, **settings)
         if model.in_chans not in (1, 3):
             raise UsageError(f"the model takes {model.in_chans} channels: images have 1 or 3")
-        how = preprocessing(options, model, model.patch_embed.img_size, options.weights)
+        how = preprocessing(options, model, options.weights)
         model.patch_embed.set_normalization(how.mean, how.std)
         return Eye(model.to(device, DTYPES[options.dtype]).eval(), how, device)
 

@@ -30,7 +30,7 @@ class Preprocessing:
     crop_pct: float = 0.9
     crop_mode: str = "center"
     interpolation: str = "bicubic"
-    source: str = "the usual values of ViT"
+    source: str = "by default"
 
     def describe(self) -> str:
         mean, std = (", ".join(f"{v:g}" for v in dict.fromkeys(t)) for t in (self.mean, self.std))

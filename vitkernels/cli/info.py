@@ -52,7 +52,7 @@ def sections() -> dict[str, list[tuple[str, str]]]:
 
 def versions() -> list[tuple[str, str]]:
     rows = [("vitkernels", __version__), ("python", platform.python_version())]
-    for package in ("torch", "triton", "timm"):
+    for package in ("torch", "triton", "timm", "pillow", "matplotlib", "rich", "safetensors"):
         try:
             rows.append((package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:

@@ -26,6 +26,18 @@ def read_labels(path: Path, num_classes: int) -> list[str]:
     return names
 
 
+def labels_beside(weights: Path, num_classes: int) -> list[str] | None:
+    """The names in config.json beside the weights, where they are as many as the classes."""
+    path = (weights if weights.is_dir() else weights.parent) / "config.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        names = in_order(facts["id2label"]) if "id2label" in facts else facts["label_names"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    fits = isinstance(names, list) and len(names) == num_classes
+    return [_name(value) for value in names] if fits else None
+
+
 def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.rstrip().splitlines()]
 

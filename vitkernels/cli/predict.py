@@ -24,7 +24,11 @@ def configure(commands) -> None:
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="files or folders")
     add_model(parser)
     parser.add_argument(
-        "--labels", type=Path, metavar="FILE", help="names of the classes: text lines or JSON"
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="names of the classes: text lines or JSON; by default those of config.json "
+        "beside the weights",
     )
     parser.add_argument("--topk", type=positive, default=5, metavar="K")
     parser.add_argument("--batch", type=positive, default=8, metavar="N", help="images at a time")
@@ -36,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     need("predict", "cli", "numpy", "PIL", "rich")
     from .eye import Eye
     from .images import find_images
-    from .labels import read_labels
+    from .labels import labels_beside, read_labels
     from .output import console
     from .progress import bar
 
@@ -47,7 +51,10 @@ def run(options: argparse.Namespace) -> int:
         eye = Eye.open(options)
         if eye.model.num_classes < 1:
             raise UsageError(f"--weights: {options.weights} has no classifier: name another file")
-        labels = options.labels and read_labels(options.labels, eye.model.num_classes)
+        if options.labels is not None:
+            labels = read_labels(options.labels, eye.model.num_classes)
+        else:
+            labels = labels_beside(options.weights, eye.model.num_classes)
         found = []
         with bar(console(stderr=True), "images", len(paths)) as step:
             for start in range(0, len(paths), options.batch):
@@ -64,6 +71,11 @@ def _classify(eye, paths: list[Path], labels, options, step) -> list[dict]:
     images, pixels = zip(*map(eye.read, paths), strict=True)
     with torch.inference_mode():
         probabilities = eye.model(eye.input(list(pixels))).float().softmax(-1).cpu()
+    if not probabilities.isfinite().all():
+        raise UsageError(
+            f"the model's outputs for {paths[0]} are not numbers: check the weights, or --dtype "
+            "float32"
+        )
     top = probabilities.topk(min(options.topk, probabilities.shape[-1]))
     for path in paths:
         step(path.name)

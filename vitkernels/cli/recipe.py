@@ -7,6 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from ..models import FusedViT
 from .arguments import CROP_MODES, INTERPOLATIONS
 from .images import Preprocessing
 from .naming import is_plain
@@ -24,18 +25,18 @@ PILLOW_RESAMPLING = {
 
 
 def preprocessing(
-    options: argparse.Namespace, model, size: tuple[int, int], weights: Path | None
+    options: argparse.Namespace, model: FusedViT, weights: Path | None
 ) -> Preprocessing:
     """From the arguments, else from beside the weights, else timm's, else the usual."""
-    found = _beside(weights) or _from_timm(options.model) or _from_model(model)
+    found = _from_model(model) | (_beside(weights) or _from_timm(options.model))
     asked = {
         name: getattr(options, name)
         for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")
         if getattr(options, name) is not None
     }
     if asked:
-        found |= asked | {"source": f"{found.get('source', Preprocessing.source)}, and arguments"}
-    result = Preprocessing(size, **found)
+        found |= asked | {"source": f"{found['source']}, and arguments"}
+    result = Preprocessing(model.patch_embed.img_size, **found)
     return _checked(result, model.in_chans)
 
 
@@ -54,11 +55,15 @@ def _spread(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
     return tuple(values) * in_chans if len(values) == 1 else tuple(values)
 
 
-def _from_model(model) -> dict:
-    """What the loader put into the model."""
+def _from_model(model: FusedViT) -> dict:
+    """What the loader put into the model; timm crops nothing from 384 pixels on."""
     embed = model.patch_embed
-    mean, std = (tuple(t.tolist()) for t in (embed.mean, embed.std))
-    return {"mean": mean, "std": std, "source": "the usual values of such weights"}
+    return {
+        "mean": tuple(embed.mean.tolist()),
+        "std": tuple(embed.std.tolist()),
+        "crop_pct": 1.0 if max(embed.img_size) >= 384 else 0.9,
+        "source": "the usual values of such weights",
+    }
 
 
 # --- where it can be read -------------------------------------------------------------------------
@@ -71,7 +76,7 @@ def _beside(weights: Path | None) -> dict:
     folder = weights if weights.is_dir() else weights.parent
     for name, understand in (
         ("preprocessor_config.json", _from_transformers),
-        ("config.json", lambda facts: _from_timm_facts(facts.get("pretrained_cfg") or {})),
+        ("config.json", _from_hub),
     ):
         path = folder / name
         if not path.is_file():
@@ -94,6 +99,12 @@ def _from_timm(name: str | None) -> dict:
     timm = import_timm()
     facts = timm and timm.models.get_pretrained_cfg(name)
     return _from_timm_facts(facts.to_dict()) | {"source": "timm's record"} if facts else {}
+
+
+def _from_hub(facts) -> dict:
+    """timm's config.json of the hub; other programs' files of that name say nothing."""
+    facts = facts.get("pretrained_cfg") if isinstance(facts, dict) else None
+    return _from_timm_facts(facts) if isinstance(facts, dict) else {}
 
 
 def _from_timm_facts(facts: dict) -> dict:
