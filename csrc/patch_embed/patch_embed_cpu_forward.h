@@ -108,16 +108,18 @@ void store_tokens(const PatchEmbedArgs& a, Range rows, Range columns, float scal
                   const float* tile, const float* total) {
   const int64_t N = patches(a);
   const Vec factor = splat(scale);
-  for (int64_t m = rows.begin; m < rows.end; ++m) {
-    const int64_t b = m / N, n = m % N, at = (m - rows.begin) * kBlockColumns;
+  for (int64_t m = rows.begin, b = m / N, n = m % N; m < rows.end; ++m, ++n) {
+    if (n == N) n = 0, ++b;
     Out* out = static_cast<Out*>(a.tokens.data) + b * a.tokens.batch + (a.P + n) * a.tokens.row +
                columns.begin;
     const Pos* pos = static_cast<const Pos*>(a.pos.data) + n * a.pos.row + columns.begin;
     for_each_vec(columns.size(), [&](int64_t d, int lanes) {
-      Vec sum = fma(factor, load(tile + at + d), load(a.bias + columns.begin + d));
-      if (total != nullptr) sum = sum + load(total + at + d);
+      Vec sum = fma(factor, load(tile + d), load(a.bias + columns.begin + d));
+      if (total != nullptr) sum = sum + load(total + d);
       store_or(out + d, sum + load_or(pos + d, lanes), lanes);
     });
+    tile += kBlockColumns;
+    if (total != nullptr) total += kBlockColumns;
   }
 }
 
