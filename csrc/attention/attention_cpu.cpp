@@ -4,11 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <tuple>
 
+#include "common/scratch.h"
 #include "common/stable.h"
 
 namespace vitkernels {
@@ -18,26 +16,6 @@ constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kDbiasItems = 32;  // work items wanted when dbias has fewer slices than that
 
 const AttentionTable& kernels() { return VK_PICK_TABLE(attention); }
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Scratch of the calling thread, kept between calls: fresh pages cost more than the kernel of a
-// short sequence.
-void* thread_scratch(int64_t bytes) {
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local int64_t held = 0;
-  if (bytes > held) {
-    memory.reset();
-    held = 0;
-    const size_t size = static_cast<size_t>((bytes + 4095) / 4096 * 4096);
-    memory.reset(std::aligned_alloc(64, size));
-    if (memory == nullptr) throw std::bad_alloc();
-    held = static_cast<int64_t>(size);
-  }
-  return memory.get();
-}
 
 void run_items(void (*kernel)(const AttentionArgs&, int64_t, int64_t, void*),
                const AttentionArgs& args, int64_t items, int64_t scratch_bytes) {

@@ -1,5 +1,5 @@
-// What the forward and the backward of CPU attention share: exp2, the scores' additive terms and
-// masks, row helpers.
+// What the forward and the backward of CPU attention share: the scores' additive terms and masks, row
+// helpers.
 #pragma once
 
 #include "attention/attention_cpu.h"
@@ -12,34 +12,6 @@ namespace {
 
 constexpr double kLog2e = 1.44269504088896341;
 constexpr float kInf = __builtin_inff();
-
-// 2^x within 1 ulp for x <= 127; 0 for -inf and below the normal range, NaN stays.
-VK_INLINE Vec exp2(Vec x) {
-#if defined(__AVX512F__)
-  const __m512 value = reinterpret_cast<__m512>(x);
-  const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(value, 1));  // x - floor(x)
-#else
-  const Vec low = splat(-127.0f), high = splat(127.5f),
-            magic = splat(12582912.0f);  // 1.5 * 2^23 rounds to nearest
-  const Vec clamped = select(x < low, low, select(x > high, high, x));
-  const Vec shifted = (clamped - splat(0.5f)) + magic;
-  const Vec r = clamped - (shifted - magic);
-#endif
-  Vec p = splat(2.170225489e-4f);  // minimax on [0, 1], relative error 2e-9
-  p = fma(p, r, splat(1.243968727e-3f));
-  p = fma(p, r, splat(9.678840637e-3f));
-  p = fma(p, r, splat(5.548334122e-2f));
-  p = fma(p, r, splat(2.402298301e-1f));
-  p = fma(p, r, splat(6.931470037e-1f));
-  p = fma(p, r, splat(1.0f));
-#if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), value));
-#else
-  const IVec exponent = as_int(shifted) - as_int(magic);
-  const Vec y = p * as_float((exponent + 127) << 23);
-  return select(x < splat(-126.0f), Vec{}, y);
-#endif
-}
 
 // The larger of two; a NaN may get lost (the softmax finds it again in the sum).
 VK_INLINE Vec max_of_numbers(Vec a, Vec b) {

@@ -75,11 +75,19 @@ constexpr int64_t packed_units(int64_t packed_k, int64_t columns) {
   return packed_k * vecs_of(columns) * kVec;
 }
 
-// Width in vectors of the panel that starts at vector v0 of n: as even as possible, the wider ones
-// first.
+// Panels of n vectors are as even in width as possible, the wider ones first.
+constexpr int64_t panels_of(int64_t n) { return ceil_div(n, kMaxPanel); }
+
+// Width in vectors of the panel that starts at vector v0 of n.
 VK_INLINE int64_t panel_width(int64_t v0, int64_t n) {
-  const int64_t panels = ceil_div(n, kMaxPanel), wide = n % panels, narrow = n / panels;
+  const int64_t panels = panels_of(n), wide = n % panels, narrow = n / panels;
   return v0 < wide * (narrow + 1) ? narrow + 1 : narrow;
+}
+
+// The first vector of panel i of n vectors; i = panels_of(n) gives n.
+VK_INLINE int64_t panel_start(int64_t i, int64_t n) {
+  const int64_t panels = panels_of(n), wide = n % panels;
+  return i * (n / panels) + (i < wide ? i : wide);
 }
 
 VK_INLINE Vec multiply_add(const float* a, Vec b, Vec c) { return fma(splat(*a), b, c); }
@@ -94,9 +102,11 @@ VK_INLINE Vec multiply_add(const Bf16Pair* a, Vec b, Vec c) {
 }
 #endif
 
-template <class Unit, ALayout layout, int kRows, int kVecs>
+// c (+)= a * b, or scale * a * b.
+template <class Unit, ALayout layout, int kRows, int kVecs, bool kScaled = false>
 __attribute__((noinline)) void gemm_tile(int64_t K, const Unit* a, int64_t lda, const Unit* b,
-                                         float* c, int64_t ldc, bool accumulate) {
+                                         float* c, int64_t ldc, bool accumulate,
+                                         float scale = 1.0f) {
   Vec acc[kRows][kVecs];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
@@ -120,17 +130,24 @@ __attribute__((noinline)) void gemm_tile(int64_t K, const Unit* a, int64_t lda, 
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       float* out = c + r * ldc + v * kVec;
-      store(out, accumulate ? load(out) + acc[r][v] : acc[r][v]);
+      if constexpr (kScaled) {
+        const Vec factor = splat(scale);
+        store(out, accumulate ? fma(acc[r][v], factor, load(out)) : acc[r][v] * factor);
+      } else {
+        store(out, accumulate ? load(out) + acc[r][v] : acc[r][v]);
+      }
     }
 }
 
-template <class Unit, ALayout layout, int kRows, int kVecs>
+template <class Unit, ALayout layout, int kRows, int kVecs, bool kScaled = false>
 VK_INLINE void gemm_rows(int64_t rows, int64_t K, const Unit* a, int64_t lda, const Unit* b,
-                         float* c, int64_t ldc, bool accumulate) {
+                         float* c, int64_t ldc, bool accumulate, float scale = 1.0f) {
   if constexpr (kRows > 0) {
     if (rows == kRows)
-      return gemm_tile<Unit, layout, kRows, kVecs>(K, a, lda, b, c, ldc, accumulate);
-    gemm_rows<Unit, layout, kRows - 1, kVecs>(rows, K, a, lda, b, c, ldc, accumulate);
+      return gemm_tile<Unit, layout, kRows, kVecs, kScaled>(K, a, lda, b, c, ldc, accumulate,
+                                                            scale);
+    gemm_rows<Unit, layout, kRows - 1, kVecs, kScaled>(rows, K, a, lda, b, c, ldc, accumulate,
+                                                       scale);
   }
 }
 

@@ -324,5 +324,48 @@ VK_INLINE Vec exp(Vec x) {
   return select(x != x, x, finite);
 }
 
+// 2^x for x <= 127 from `power(r)`, which is 2^r on [0, 1]; 0 for -inf and below the normal range,
+// NaN stays.
+template <class Power>
+VK_INLINE Vec exp2_by(Vec x, Power&& power) {
+#if defined(__AVX512F__)
+  const __m512 value = reinterpret_cast<__m512>(x);
+  const Vec p = power(reinterpret_cast<Vec>(_mm512_reduce_ps(value, 1)));  // x - floor(x)
+  return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), value));
+#else
+  const Vec low = splat(-127.0f), high = splat(127.5f),
+            magic = splat(12582912.0f);  // 1.5 * 2^23 rounds to nearest
+  const Vec clamped = select(x < low, low, select(x > high, high, x));
+  const Vec shifted = (clamped - splat(0.5f)) + magic;
+  const IVec exponent = as_int(shifted) - as_int(magic);
+  const Vec y = power(clamped - (shifted - magic)) * as_float((exponent + 127) << 23);
+  return select(x < splat(-126.0f), Vec{}, y);
+#endif
+}
+
+// Within 1 ulp.
+VK_INLINE Vec exp2(Vec x) {
+  return exp2_by(x, [](Vec r) {
+    Vec p = splat(2.170225489e-4f);  // minimax on [0, 1], relative error 2e-9
+    p = fma(p, r, splat(1.243968727e-3f));
+    p = fma(p, r, splat(9.678840637e-3f));
+    p = fma(p, r, splat(5.548334122e-2f));
+    p = fma(p, r, splat(2.402298301e-1f));
+    p = fma(p, r, splat(6.931470037e-1f));
+    return fma(p, r, splat(1.0f));
+  });
+}
+
+// For what is rounded to 16 bits: relative error 3e-6.
+VK_INLINE Vec exp2_short(Vec x) {
+  return exp2_by(x, [](Vec r) {
+    Vec p = splat(1.353416778e-2f);
+    p = fma(p, r, splat(5.201146379e-2f));
+    p = fma(p, r, splat(2.414427549e-1f));
+    p = fma(p, r, splat(6.930038333e-1f));
+    return fma(p, r, splat(1.000002623f));
+  });
+}
+
 }  // namespace
 }  // namespace vitkernels

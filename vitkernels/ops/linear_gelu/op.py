@@ -34,7 +34,7 @@ def _lands_soon() -> str | None:
 
 # Order of preference. x, weight and bias each have their own dtype; products are in y's.
 BACKENDS = (
-    Backend("cpu", limit=_lands_soon),
+    Backend("cpu"),
     Backend("cuda", limit=_not_written_yet),
     Backend("triton", limit=_lands_soon),
     Backend("torch", EVERY_FLOAT),
