@@ -15,20 +15,36 @@ from vitkernels._triton.launch import (
     power_of_two,
     stages,
 )
+from vitkernels._triton.reduce import sum_partials
+from vitkernels._triton.tiles import (
+    Tile,
+    choose_tile,
+    dot_dtype,
+    reduction_splits,
+    split_columns,
+    tile_of,
+)
 
 __all__ = [
     "FLOATS",
     "INTERPRETED",
+    "Tile",
     "capability",
     "cdiv",
     "check_dropout",
     "check_like",
+    "choose_tile",
     "collapse_rows",
+    "dot_dtype",
     "dropout_scalars",
     "fail",
     "keep_mask",
     "multiprocessors",
     "on_device",
     "power_of_two",
+    "reduction_splits",
+    "split_columns",
     "stages",
+    "sum_partials",
+    "tile_of",
 ]

@@ -18,6 +18,7 @@ import triton.language as tl
 from vitkernels._triton import (
     capability,
     check_like,
+    dot_dtype,
     dropout_scalars,
     multiprocessors,
     on_device,
@@ -33,7 +34,6 @@ from vitkernels.ops.attention._triton_tiles import (
     bias_view,
     check_attention,
     check_packed,
-    dot_dtype,
     first_of,
     head_pointer,
     heads,

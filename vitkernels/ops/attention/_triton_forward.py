@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vitkernels._triton import dropout_scalars, multiprocessors, on_device, stages
+from vitkernels._triton import dot_dtype, dropout_scalars, multiprocessors, on_device, stages
 from vitkernels.ops.attention._triton_plans import blocks_of_a_head, forward_plan
 from vitkernels.ops.attention._triton_tiles import (
     LN2,
@@ -22,7 +22,6 @@ from vitkernels.ops.attention._triton_tiles import (
     bias_view,
     check_attention,
     check_packed,
-    dot_dtype,
     dot_rows,
     finish_scores,
     finite_or_zero,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vitkernels._triton import FLOATS, INTERPRETED, check_dropout, check_like, fail, keep_mask
+from vitkernels._triton import FLOATS, check_dropout, check_like, fail, keep_mask
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -201,14 +201,6 @@ def score_gradients(
 
 
 # --- host: tensors as kernels take them -----------------------------------------------------------
-
-
-def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Operands of tl.dot: the tensors' dtype, or fp32 in the interpreter, wrong at 16 bits."""
-    if INTERPRETED:
-        return tl.float32
-    same = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    return same[dtype]
 
 
 def check_attention(op, q, k, v, bias, key_padding_mask, seed, dropout_p):
