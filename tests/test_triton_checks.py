@@ -26,6 +26,19 @@ def raw_arguments():
     packed = {"qkv": torch.randn(2, 3, 24), "num_heads": 2}
     square = {**options, "bias": bias[..., :3], "key_padding_mask": mask[:, :3]}
     lse = torch.randn(2, 2, 3)
+    weight = torch.randn(6, 8)
+    product = {"x": x, "weight": weight, "bias": torch.randn(6), "activation": 1}
+    linear_saved = {"preactivation": torch.randn(2, 3, 6), "activation": 1}
+    tokens = torch.randn(2, 7, 6)
+    patches = {
+        "images": torch.rand(2, 3, 4, 6),
+        "weight": torch.randn(6, 3, 2, 2),
+        "bias": torch.randn(6),
+        "pos_embed": torch.randn(1, 7, 6),
+        "prefix_tokens": torch.randn(1, 1, 6),
+        "mean": torch.rand(3),
+        "std": torch.ones(3),
+    }
     return {
         "add_layer_norm_fwd": {"x": x, "residual": x, **parameters, **branch, "eps": 1e-6,
                                "out_dtype": torch.float32},
@@ -39,6 +52,11 @@ def raw_arguments():
         "attention_bwd": {"dout": q, **heads, "out": q, "lse": lse, **options,
                           "output_mask": [True] * 4},
         "attention_qkvpacked_fwd": {**packed, **square},
+        "linear_gelu_fwd": {**product, "save_preactivation": True, "out_dtype": torch.float32},
+        "linear_gelu_bwd": {"dy": torch.randn(2, 3, 6), "x": x, "weight": weight,
+                            "bias": torch.randn(6), **linear_saved, "output_mask": [True] * 3},
+        "patch_embed_fwd": {**patches, "out_dtype": torch.float32},
+        "patch_embed_bwd": {"dtokens": tokens, **patches, "output_mask": [True] * 5},
         "attention_qkvpacked_bwd": {"dout": x, **packed, "out": x, "lse": lse, **square,
                                     "output_mask": [True] * 2},
     }  # fmt: skip
@@ -53,10 +71,14 @@ def test_raw_calls_refuse_what_a_kernel_would_misread(op):
     good = raw_arguments()[op]
     raw_call(op, good)
     for name, value in good.items():
-        bad = {"dropout_p": [0.5, -0.5, 1.0], "num_heads": [0, 5]}.get(name, [])
+        bad = {
+            "dropout_p": [0.5, -0.5, 1.0], "num_heads": [0, 5], "activation": [-1, 4],
+            "out_dtype": [torch.float64, torch.int32],
+        }.get(name, [])  # fmt: skip
         if isinstance(value, torch.Tensor):
             short = value[..., :-1] if name != "bias" or value.ndim == 1 else value[..., :2]
-            bad = [short, value.double(), value.int(), value[None]]
+            bad = [short, value.double(), value.int()]
+            bad += [] if (op, name) == ("linear_gelu_fwd", "x") else [value[None]]
             bad += [] if name in ("bias", "key_padding_mask") else [value.bool()]
         for wrong in bad:
             with pytest.raises((ValueError, RuntimeError), match=f"vitkernels::{op}: .* must be "):
@@ -66,8 +88,11 @@ def test_raw_calls_refuse_what_a_kernel_would_misread(op):
 @pytest.mark.parametrize("op", [op for op in raw_arguments() if op.endswith("bwd")])
 def test_saved_statistics_of_any_strides(op):
     good = raw_arguments()[op]
+    saved = ("mean", "rstd", "lse", "preactivation")
     strided = {
-        name: good[name].mT.contiguous().mT for name in ("mean", "rstd", "lse") if name in good
+        name: good[name].mT.contiguous().mT
+        for name in saved
+        if name in good and good[name].ndim > 1
     }
     for a, b in zip(raw_call(op, good), raw_call(op, {**good, **strided}), strict=True):
         assert torch.equal(a, b)

@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+MULTIPLIES = ("attention.", "linear_gelu._product", "patch_embed._forward", "patch_embed._dweight",
+              "patch_embed._dimages")  # fmt: skip
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # bytes of one block
 
 
@@ -47,8 +49,8 @@ def check(records: list[dict]) -> None:
         limit = SHARED_LIMIT[r["sm"]]
         assert r["shared"] <= limit, f"{label(r)}: {r['shared']} bytes of shared memory > {limit}"
         assert r["tensor_memory"] <= 512, f"{label(r)}: {r['tensor_memory']} tensor memory columns"
-        fp32 = "torch.float32" in r["case"]  # the dtype of q, k and v
-        if r["kernel"].startswith("attention") and not fp32:
+        fp32 = "torch.float32" in r["case"]  # the dtype of the product
+        if r["kernel"].startswith(MULTIPLIES) and not fp32:
             assert r["mma"], f"{label(r)} does not use the tensor cores"
 
 
@@ -56,7 +58,7 @@ def test_main_settings_for_hopper_use_its_instructions_and_no_others(compiled):
     records = compiled(90, "main")["records"]
     check(records)
     for r in records:
-        if r["kernel"].startswith("attention"):
+        if r["kernel"].startswith(MULTIPLIES):
             assert r["wgmma"] == ("torch.float32" not in r["case"]), (
                 f"{label(r)}: wgmma is {r['wgmma']}"
             )
@@ -75,6 +77,13 @@ def test_layer_norm_reads_sixteen_bytes_at_a_time(compiled):
     for r in compiled(90, "main")["records"]:
         if r["kernel"].startswith("add_layer_norm") and "9000" not in r["case"]:
             assert r["wide_loads"], f"{label(r)} has no 16-byte load"
+
+
+def test_products_copy_sixteen_bytes_at_a_time(compiled):
+    for r in compiled(90, "main")["records"]:
+        product = r["kernel"].startswith(MULTIPLIES) and not r["kernel"].startswith("attention")
+        if product and "torch.float32" not in r["case"]:
+            assert r["wide_copies"], f"{label(r)} has no 16-byte copy to shared memory"
 
 
 def test_every_kernel_is_reached_by_a_launcher(compiled):

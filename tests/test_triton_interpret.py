@@ -9,8 +9,8 @@ import os
 
 import pytest
 import torch
+from triton_values import compare, double
 
-from vitkernels import testing
 from vitkernels.ops._random import keep_mask
 from vitkernels.ops.add_layer_norm import reference as norm_reference
 from vitkernels.ops.attention import reference as attention_reference
@@ -164,18 +164,6 @@ def test_keep_mask_is_the_specified_one_bit_for_bit(p):
 
 
 # --- values --------------------------------------------------------------------------------------
-
-
-def compare(ours, base, truth, what):
-    present = [i for i, t in enumerate(truth) if t is not None]
-    assert [i for i, t in enumerate(ours) if t is not None] == present, what
-    picked = [[outputs[i] for i in present] for outputs in (ours, base, truth)]
-    testing.assert_close_to_truth(*picked, what=what)
-    testing.cases.record(what.split(" ")[0], "triton", "fp32", what, "contiguous")
-
-
-def double(*tensors):
-    return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
 
 
 def check_attention(

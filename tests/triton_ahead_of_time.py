@@ -25,13 +25,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from vitkernels._triton import reduce
 from vitkernels.ops.add_layer_norm import _triton_backward as ln_backward
 from vitkernels.ops.add_layer_norm import _triton_forward as ln_forward
 from vitkernels.ops.attention import _triton_backward as attention_backward
 from vitkernels.ops.attention import _triton_dbias as attention_dbias
 from vitkernels.ops.attention import _triton_forward as attention_forward
+from vitkernels.ops.linear_gelu import _triton_backward as linear_backward
+from vitkernels.ops.linear_gelu import _triton_forward as linear_forward
+from vitkernels.ops.patch_embed import _triton_backward as patch_backward
+from vitkernels.ops.patch_embed import _triton_forward as patch_forward
+from vitkernels.ops.patch_embed import _triton_tiles as patch_tiles
 
-MODULES = (ln_forward, ln_backward, attention_forward, attention_backward, attention_dbias)
+PRODUCTS = (linear_forward, linear_backward, patch_forward, patch_backward)
+MODULES = (
+    *(reduce, ln_forward, ln_backward, attention_forward, attention_backward, attention_dbias),
+    *PRODUCTS,
+)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -87,6 +97,7 @@ def compile_instead_of_launching(capability: int, case: dict, records: list) -> 
                 "wgmma": "wgmma.mma_async" in ptx,
                 "mma": "mma.sync" in ptx or "wgmma.mma_async" in ptx or "tcgen05.mma" in ptx,
                 "wide_loads": "ld.global.v4" in ptx,
+                "wide_copies": bool(re.search(r"cp\.async\.cg\.shared\.global [^;]*, 0x10", ptx)),
                 "seconds": round(time.perf_counter() - start, 2),
             }
         )
@@ -134,6 +145,25 @@ def attention(N, D, dtype=BF16, bias=None, p=0.0, mask=False, B=64, H=4):
     attention_backward.attention_qkvpacked_bwd(out, qkv, H, out, lse, *options, wanted)
 
 
+def linear(M, K, N, dtype=BF16, gelu=1, x=None, parameters=None, recompute=False):
+    inputs, weight = torch.empty(M, K, dtype=x or dtype), torch.empty(N, K, dtype=parameters or dtype)
+    bias = torch.empty(N, dtype=weight.dtype)
+    y, h = linear_forward.linear_gelu_fwd(inputs, weight, bias, gelu, not recompute, dtype)
+    linear_backward.linear_gelu_bwd(y, inputs, weight, bias, h, gelu, [True] * 3)
+
+
+def patches(B, size, patch, D, dtype=BF16, images=torch.uint8, P=1, channels_last=False):
+    pixels = torch.empty(B, 3, size, size, dtype=images)
+    if channels_last:
+        pixels = pixels.to(memory_format=torch.channels_last)
+    weight, bias = torch.empty(D, 3, patch, patch, dtype=dtype), torch.empty(D, dtype=dtype)
+    pos = torch.empty(1, P + (size // patch) ** 2, D, dtype=dtype)
+    prefix, mean = torch.empty(1, P, D, dtype=dtype), torch.empty(3)
+    tensors = (pixels, weight, bias, pos, prefix, mean, mean)
+    tokens = patch_forward.patch_embed_fwd(*tensors, dtype)
+    patch_backward.patch_embed_bwd(tokens, *tensors, [images != torch.uint8] + [True] * 4)
+
+
 def case(function, *args, spills=0, **options):
     """spills: the stack bytes a thread may have, None for any."""
     words = [str(a) for a in args]
@@ -156,6 +186,14 @@ MAIN = [
     case(attention, 197, 64, FP32),
     case(attention, 577, 64),
     case(attention, 257, 80),
+    case(linear, 50432, 768, 3072),
+    case(linear, 50432, 768, 768, gelu=0, parameters=FP32),
+    case(linear, 197, 768, 3072),
+    case(linear, 1576, 384, 1536, FP32, spills=24),
+    case(patches, 256, 224, 16, 768),
+    case(patches, 256, 224, 16, 768, images=BF16),
+    case(patches, 256, 224, 16, 768, channels_last=True),
+    case(patches, 8, 224, 16, 384, FP32),
 ]
 EVERY = [
     *[case(layer_norm, C, dtype, dtype) for C in (1, 3, 96, 1000) for dtype in (BF16, FP32)],
@@ -177,6 +215,20 @@ EVERY = [
     case(attention, 197, 160, spills=None),
     case(attention, 197, 256, spills=None),
     case(attention, 1370, 64, FP32, bias=FP32, p=0.1, mask=True, spills=None),
+    *[case(linear, 50432, 768, 3072, gelu=gelu) for gelu in (0, 2, 3)],
+    *[case(linear, M, K, N) for M in (64, 1576, 8191) for K, N in ((96, 384), (384, 1536))],
+    *[case(linear, 1576, K, N) for K, N in ((75, 131), (1152, 4304), (8, 8), (1024, 1000))],
+    case(linear, 1576, 768, 3072, FP16, recompute=True),
+    case(linear, 1576, 768, 3072, x=FP32, parameters=FP32, spills=None),
+    case(linear, 1576, 768, 3072, x=FP16),
+    case(linear, 50432, 768, 3072, FP32, parameters=BF16, spills=None),
+    *[case(patches, 64, 224, p, 768) for p in (4, 8, 14, 28, 32)],
+    *[case(patches, 64, 224, p, 96, FP16, images=FP16) for p in (4, 14, 16)],
+    case(patches, 1, 224, 16, 192),
+    case(patches, 64, 518, 14, 1024, P=5),
+    case(patches, 64, 224, 16, 768, images=FP32),
+    case(patches, 64, 224, 16, 1001, images=BF16, channels_last=True, spills=None),
+    case(patches, 64, 224, 16, 768, FP32, images=FP32, spills=None),
 ]
 SETS = {"main": MAIN, "every": EVERY}
 
@@ -193,10 +245,13 @@ def compile_cases(capability: int, cases: list[dict]) -> list[dict]:
 
 if __name__ == "__main__":
     capability, chosen = int(sys.argv[1]), SETS[sys.argv[2]]
-    if "small" in sys.argv[3:]:  # as on a consumer GPU, whose blocks have 99 KB of shared memory
-        for module in (attention_forward, attention_backward, attention_dbias):
-            module.stages = lambda device, wanted: 1
-    if capability != 90:
-        attention_backward.capability = lambda device: capability
+    plans = (attention_forward, attention_backward, attention_dbias, *PRODUCTS)
+    for module in plans:
+        if "small" in sys.argv[3:] and hasattr(module, "stages"):
+            module.stages = lambda device, wanted: 1  # consumer GPUs: 99 KB of shared memory
+        if module in PRODUCTS:
+            module.multiprocessors = lambda device: 132  # an H200's, or every product is large
+    for module in (attention_backward, linear_forward, patch_tiles):
+        module.capability = lambda device: capability
     records = compile_cases(capability, chosen)
     print(json.dumps({"kernels": sorted(all_kernels()), "records": records}))
