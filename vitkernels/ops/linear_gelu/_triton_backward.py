@@ -131,6 +131,6 @@ def linear_gelu_bwd(dy, x, weight, bias, preactivation, activation, output_mask)
         b: Operand = matrix(weight.to(dtype), sums_rows=True)
         product((M, K, N), inner_rows, a, b, dtype, dx)
     if dweight is not None:
-        inner_rows, (a, b) = rows_of(dh, x, sums_rows=True)
+        inner_rows, (a, b) = rows_of(dh, x.to(dtype), sums_rows=True)
         product((N, K, M), inner_rows, a, b, dtype, dweight, may_split=True)
     return tuple(gradients)

@@ -28,10 +28,6 @@ def _not_written_yet() -> str | None:
     return "linear_gelu in CUDA C++ is not part of this version; triton is"
 
 
-def _lands_soon() -> str | None:
-    return "this kernel is not written yet"
-
-
 # Order of preference. x, weight and bias each have their own dtype; products are in y's.
 BACKENDS = (
     Backend("cpu"),

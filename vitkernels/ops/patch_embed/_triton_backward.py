@@ -35,6 +35,7 @@ from vitkernels.ops.patch_embed._triton_tiles import (
     channel_rest,
     channel_scale,
     check_patches,
+    operand_images,
     patch_offset,
     pixel_offset,
     tiles_for,
@@ -267,7 +268,8 @@ def _dweight(dtokens, images, sizes: Sizes, mean, std, dbias, dweight) -> None:
     """dbias: the fp32 one where centred bytes are to be corrected, else None."""
     B, C, N, D, P, patch, width = sizes
     rows, columns, device = B * N, C * sizes.K, images.device
-    is_byte, processors = images.dtype == torch.uint8, multiprocessors(device)
+    is_byte, images = images.dtype == torch.uint8, operand_images(images, dtokens.dtype)
+    processors = multiprocessors(device)
     table = tiles_for(DWEIGHT_SM90, DWEIGHT_SM80, dtokens.dtype, device)
     tile = choose_tile(table, D, columns, processors)
     splits, steps = reduction_splits(tile, D, columns, rows, processors)

@@ -35,6 +35,7 @@ from vitkernels.ops.patch_embed._triton_tiles import (
     channel_rest,
     channel_scale,
     check_patches,
+    operand_images,
     patch_offset,
     pixel_offset,
     tiles_for,
@@ -201,7 +202,7 @@ def patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, mean, std, o
     tokens = torch.empty((B, P + N, D), dtype=out_dtype, device=images.device)
     if B == 0:
         return tokens
-    is_byte = images.dtype == torch.uint8
+    is_byte, images = images.dtype == torch.uint8, operand_images(images, out_dtype)
     pos_embed, prefix_tokens, mean, std = _contiguous(pos_embed, prefix_tokens, mean, std)
     weight = padded_weight(weight, out_dtype)
     bias = _bias(weight, bias, mean, std, is_byte)

@@ -128,6 +128,17 @@ def tiles_for(sm90, sm80, dtype: torch.dtype, device: torch.device) -> tuple[Til
     return sm90 if capability(device) >= 90 else sm80
 
 
+def operand_images(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The images, but fp32 for fp32 products on sm_100.
+
+    There Triton 3.7 multiplies fp32 that it made from 8 or 16 bits in tf32, whatever
+    input_precision says (its issue 10176).
+    """
+    if dtype != torch.float32 or images.dtype == dtype or capability(images.device) < 100:
+        return images
+    return images.to(dtype)
+
+
 def block_of_channel(K: int) -> int:
     """Pixels of one channel taken at once; a step costs as much as 4 more columns.
 

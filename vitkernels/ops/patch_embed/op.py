@@ -29,10 +29,6 @@ def _not_written_yet() -> str | None:
     return "patch_embed in CUDA C++ is not part of this version; triton is"
 
 
-def _lands_soon() -> str | None:
-    return "this kernel is not written yet"
-
-
 # Order of preference. Images are uint8 or float, every parameter has its own dtype.
 BACKENDS = (
     Backend("cpu"),
