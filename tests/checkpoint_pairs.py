@@ -40,6 +40,7 @@ HUGGINGFACE = {
         (32, 32),
     ),
     "dinov2": ("Dinov2Model", {"layerscale_value": 0.5}, (32, 32)),
+    "dinov2_swiglu": ("Dinov2Model", {"use_swiglu_ffn": True}, (32, 32)),
     "dinov2_registers": ("Dinov2WithRegistersModel", {"num_register_tokens": 3}, (32, 32)),
 }
 

@@ -104,6 +104,12 @@ def test_original_deit3_and_dinov2_names(tmp_path):
     ours = FusedViT.from_pretrained(path, num_heads=3)
     same({"y": ours(x)}, {"y": theirs(x)})
     assert ours.patch_embed.mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
+    theirs = timm_vit("swiglu")  # DINOv2 giant
+    state = {"mask_token": torch.zeros(1, 48)}
+    for key, tensor in theirs.state_dict().items():
+        state[key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")] = tensor
+    torch.save(state, path)
+    same({"y": FusedViT.from_pretrained(path, num_heads=3)(x)}, {"y": theirs(x)})
     theirs = timm_vit(reg_tokens=4, init_values=0.1, no_embed_class=True)
     state = theirs.state_dict()
     shift = torch.randn(1, 1, 48)  # DINOv2 has a position of the class token

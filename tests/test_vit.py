@@ -101,18 +101,19 @@ def test_autocast_dtypes_are_those_of_timm():
         assert [t.dtype for t in got] == [t.dtype for t in expected]
 
 
-@pytest.mark.parametrize("block_fn", ["Block", "ResPostBlock"])
+@pytest.mark.parametrize("block_fn, mlp", [("Block", "Mlp"), ("ResPostBlock", "SwiGLUPacked")])
 @pytest.mark.parametrize("scheme", ["", "jax", "jax_nlhb", "moco", "reset"])
-def test_initial_weights_are_those_of_timm(scheme, block_fn):
+def test_initial_weights_are_those_of_timm(scheme, block_fn, mlp):
     from timm.models import vision_transformer
 
     block_fn, models = getattr(vision_transformer, block_fn), []
+    mlp_layer = getattr(vision_transformer, mlp)
     for cls in (vision_transformer.VisionTransformer, FusedViT):
         torch.manual_seed(5)
         model = cls(
             img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=7,
             reg_tokens=2, init_values=0.1, qk_norm=True, weight_init=scheme, fix_init=True,
-            block_fn=block_fn,
+            block_fn=block_fn, mlp_layer=mlp_layer,
         )  # fmt: skip
         if scheme == "reset":  # pos_embed comes first: what follows draws the same
             model.init_weights()
@@ -195,7 +196,7 @@ def test_from_timm_by_name_and_strict_loading():
         ({"attn_layer": "diff", "embed_dim": 64, "num_heads": 4}, "DiffAttention"),
         ({"block_fn": "ParallelScalingBlock"}, "ParallelScalingBlock"),
         ({"norm_layer": "rmsnorm"}, "RmsNorm"),
-        ({"mlp_layer": "SwiGLU"}, "SwiGLU"),
+        ({"mlp_layer": "SwiGLU", "act_layer": "silu"}, "SwiGLU"),
     ],
 )
 def test_from_timm_names_what_it_does_not_support(make, sentence):

@@ -137,6 +137,34 @@ def test_uint8_images_in_16_bits(mode):
     assert relative_errors({"y": got}, {"y": truth})["y"] < 3e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("watched", [False, True])
+def test_float_images_take_the_parameters_dtype(dtype, watched):
+    """timm raises; an fp64 image would otherwise make everything after it fp64."""
+    _, ours = pair("registers_layer_scale")
+    x = images().requires_grad_()
+    if dtype == torch.float64:
+        x, expected = x.detach().double().requires_grad_(), ours(x)
+    else:
+        ours.bfloat16()
+        expected = ours(x.bfloat16())
+    if watched:
+        ours.patch_embed.proj.register_forward_hook(lambda *_: None)
+    got = ours(x)
+    same({"y": got}, {"y": expected}, 2e-2 if dtype == torch.bfloat16 else 5e-6)
+    assert got.dtype == expected.dtype
+    got.float().sum().backward()
+    assert x.grad.dtype == x.dtype and x.grad.abs().sum() > 0
+
+
+def test_a_replaced_projection():
+    theirs, ours = pair()
+    for model in (theirs, ours):
+        model.patch_embed.proj = nn.Sequential(model.patch_embed.proj, nn.ReLU())
+    x = images()
+    same({"y": ours.float()(x)}, {"y": theirs(x)})
+
+
 def test_gradients_of_a_step_on_uint8_images():
     _, ours = pair("registers_layer_scale")
     x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)

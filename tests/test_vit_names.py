@@ -41,6 +41,8 @@ NAMES = {
     "vit_base_patch14_reg4_dinov2": 64,
     "vit_base_patch14_reg1_tipsv2": 64,
     "vit_so400m_patch14_reg1_tipsv2": 72,
+    "vit_giant_patch14_dinov2": 64,
+    "vit_giant_patch14_reg1_tipsv2": 64,
     "vit_base_patch16_siglip_gap_224": 64,
     "vit_base_patch32_siglip_gap_256": 64,
     "vit_so400m_patch14_siglip_gap_378": 72,
@@ -106,7 +108,7 @@ REFUSED = {
     "vit_base_patch16_xp_224": "the block ParallelScalingBlock",
     "vit_small_patch16_18x2_224": "the block ParallelThingsBlock",
     "vit_dwee_patch16_reg1_gap_256": "the attention DiffAttention",
-    "vit_giant_patch14_dinov2": "the MLP GluMlp",
+    "aimv2_large_patch14_224": "the MLP SwiGLU",
     "test_vit4": "the norm RmsNorm",
     "deit_tiny_distilled_patch16_224": "the model VisionTransformerDistilled",
 }

@@ -40,6 +40,10 @@ CONFIGS = {
         {"block_fn": "ResPostBlock", "init_values": 0.3, "scale_mlp_norm": True},
         (32, 32),
     ),
+    "swiglu": (  # DINOv2 giant
+        {"mlp_layer": "SwiGLUPacked", "act_layer": nn.SiLU, "init_values": 0.5, "mlp_ratio": 5.5},
+        (32, 32),
+    ),
     "wide_heads": (
         {"embed_dim": 160, "num_heads": 2, "depth": 2, "embed_norm_layer": nn.LayerNorm},
         (32, 32),
@@ -52,8 +56,9 @@ def timm_vit(name="class_token", **more) -> nn.Module:
     from timm.models import vision_transformer
 
     settings = {"num_classes": 10, **TINY, **CONFIGS[name][0], **more}
-    if isinstance(settings.get("block_fn"), str):
-        settings["block_fn"] = getattr(vision_transformer, settings["block_fn"])
+    for key in ("block_fn", "mlp_layer"):
+        if isinstance(settings.get(key), str):
+            settings[key] = getattr(vision_transformer, settings[key])
     return randomised(vision_transformer.VisionTransformer(**settings).eval())
 
 

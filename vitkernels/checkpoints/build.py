@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.init import trunc_normal_
-from ..nn import LayerNorm
+from ..nn import GluMlp, LayerNorm
 from ..nn.patch_embed import pair
 from ..nn.resample import resample_patch_embed, resample_pos_embed
 
@@ -101,6 +101,9 @@ def settings_from_shapes(loader: str, origin: str, state: State, known: dict) ->
         "global_pool": "token" if class_token is not None and not fc_norm else "avg",
         "pos_embed": "learn" if "pos_embed" in state else "none",
     }
+    if _gated(state):  # SwiGLU
+        settings["mlp_layer"] = functools.partial(GluMlp, gate_last=False)
+        settings["act_layer"] = nn.SiLU
     if settings["pre_norm"]:  # CLIP
         settings["norm_layer"] = functools.partial(LayerNorm, eps=1e-5)
     if "num_heads" not in known:
@@ -132,9 +135,16 @@ def _class_positions(positions: int, prefix: int, patch: tuple[int, int], known:
     return math.isqrt(positions) ** 2 != positions
 
 
+def _gated(state: State) -> bool:
+    """Whether fc1 holds two products, one the gate of the other."""
+    fc1, fc2 = state["blocks.0.mlp.fc1.weight"], state.get("blocks.0.mlp.fc2.weight")
+    return fc2 is not None and fc1.shape[0] == 2 * fc2.shape[-1]
+
+
 def _heads(loader: str, origin: str, state: State, width: int) -> int:
     q_norm = state.get("blocks.0.attn.q_norm.weight")
-    heads, rest = (HEADS[width], 0) if width in HEADS else divmod(width, 64)
+    known = width in HEADS and not _gated(state)
+    heads, rest = (HEADS[width], 0) if known else divmod(width, 64)
     if q_norm is not None:
         heads, rest = divmod(width, q_norm.shape[0])
     if rest:

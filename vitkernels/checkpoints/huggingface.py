@@ -47,10 +47,23 @@ _INSIDE = {
     "attention.o_proj": "attn.proj",
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
+    "mlp.weights_in": "mlp.fc1",
+    "mlp.weights_out": "mlp.fc2",
+    "mlp.down_proj": "mlp.fc2",
     "layer_scale1": "ls1",
     "layer_scale2": "ls2",
 }
-_QKV = ({"query": 0, "key": 1, "value": 2}, {"q_proj": 0, "k_proj": 1, "v_proj": 2})
+# Parts of one matrix of ours: (its name, which part, of how many).
+_PARTS = {
+    "attention.attention.query": ("attn.qkv", 0, 3),
+    "attention.attention.key": ("attn.qkv", 1, 3),
+    "attention.attention.value": ("attn.qkv", 2, 3),
+    "attention.q_proj": ("attn.qkv", 0, 3),
+    "attention.k_proj": ("attn.qkv", 1, 3),
+    "attention.v_proj": ("attn.qkv", 2, 3),
+    "mlp.gate_proj": ("mlp.fc1", 0, 2),
+    "mlp.up_proj": ("mlp.fc1", 1, 2),
+}
 
 
 def vit_from_huggingface(cls, source: str | os.PathLike | nn.Module, **kwargs):
@@ -98,21 +111,23 @@ def from_state(
 def timm_state(loader: str, origin: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """transformers' names -> timm's: q, k and v in one matrix, registers without a position."""
     state: dict[str, Tensor] = {}
-    parts: dict[str, dict[int, Tensor]] = {}
+    parts: dict[tuple[str, int], dict[int, Tensor]] = {}
     ignored = []
     for key, tensor in tensors.items():
         short = _BASE.sub("", key)
-        name, part = _rename(short)
+        name, *part = _rename(short)
         if short.startswith("pooler.") or short == "embeddings.mask_token":
             ignored.append(key)
-        elif part is not None:
-            parts.setdefault(name, {})[part] = tensor
+        elif part:
+            parts.setdefault((name, part[1]), {})[part[0]] = tensor
         else:
             state[name] = tensor
-    for name, three in parts.items():
-        if len(three) != 3:
-            raise ValueError(f"{loader}: {origin} has no full query, key and value for {name}")
-        state[name] = torch.cat([three[i] for i in range(3)])
+    for (name, count), several in parts.items():
+        if len(several) != count:
+            raise ValueError(
+                f"{loader}: {origin} has {len(several)} of the {count} parts of {name}"
+            )
+        state[name] = torch.cat([several[i] for i in range(count)])
     pooler = [key for key in ignored if "pooler." in key]
     if pooler:
         warnings.warn(
@@ -133,20 +148,19 @@ def merge_registers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _rename(key: str) -> tuple[str, int | None]:
-    """timm's name, and which third of it (query, key, value)."""
+def _rename(key: str) -> tuple:
+    """(timm's name,), or (timm's name, which part of that matrix, of how many)."""
     if key in _OUTSIDE:
-        return _OUTSIDE[key], None
+        return (_OUTSIDE[key],)
     match = _BLOCK.match(key)
     if match is None:
-        return key, None
+        return (key,)
     layer, module, leaf = match.groups()
-    short = module.removeprefix("attention.attention.").removeprefix("attention.")
-    for thirds in _QKV:
-        if module != short and short in thirds:
-            return f"blocks.{layer}.attn.qkv.{leaf}", thirds[short]
+    if module in _PARTS:
+        ours, part, count = _PARTS[module]
+        return f"blocks.{layer}.{ours}.{leaf}", part, count
     leaf = "gamma" if leaf == "lambda1" else leaf
-    return f"blocks.{layer}.{_INSIDE.get(module, module)}.{leaf}", None
+    return (f"blocks.{layer}.{_INSIDE.get(module, module)}.{leaf}",)
 
 
 def _hints(loader: str, origin: str, config: dict) -> dict:
@@ -161,10 +175,6 @@ def _hints(loader: str, origin: str, config: dict) -> dict:
         raise ValueError(
             f"{loader}: {origin}: hidden_act must be one of {', '.join(ACTIVATIONS)}, got {act!r}"
         )
-    if config.get("use_swiglu_ffn"):
-        raise ValueError(
-            f"{loader}: {origin}: use_swiglu_ffn (SwiGLU) is not supported by FusedViT"
-        )
     missing = [k for k in ("num_attention_heads", "num_hidden_layers") if k not in config]
     if missing:
         raise ValueError(f"{loader}: {origin}: config.json does not have {' and '.join(missing)}")
@@ -178,6 +188,8 @@ def _hints(loader: str, origin: str, config: dict) -> dict:
         "attn_drop_rate": config.get("attention_probs_dropout_prob", 0.0),
         **(IMAGENET if kind != "vit" else {}),
     }
+    if config.get("use_swiglu_ffn"):  # the shapes tell it
+        del hints["act_layer"]
     size = config.get("image_size", 224)
     hints["img_size"] = tuple(size) if isinstance(size, (list, tuple)) else size
     preprocessor = config.get("preprocessor", {})

@@ -23,7 +23,7 @@ _OTHERS = (
     (r"^patch_embed\.backbone\.|^conv_root", "a hybrid (ResNet stem) Vision Transformer"),
     (r"(^|\.)(dist_token|distillation_token|head_dist\.weight)", "a distilled DeiT"),
     (r"^attn_pool\.", "a Vision Transformer with attention pooling"),
-    (r"^blocks\.\d+\.mlp\.(fc1_g|w12|w1)\.", "a Vision Transformer with a SwiGLU MLP"),
+    (r"^blocks\.\d+\.mlp\.(fc1_g|w1)\.", "a Vision Transformer with SwiGLU in two matrices"),
     (r"^blocks\.\d+\.attns\.", "a Vision Transformer with parallel blocks"),
     (r"^visual\.(class_embedding|trunk\.)", "a CLIP model (its image tower is FusedViT's part)"),
 )
@@ -82,13 +82,22 @@ def source_of(origin: str, tensors: dict[str, Tensor]) -> str:
     )
 
 
+_ORIGINAL = re.compile(r"\.gamma_([12])$|\.mlp\.(w12|w3)\.")
+
+
+def _timm_name(match: re.Match) -> str:
+    if match[1]:  # DeiT-3's LayerScale
+        return f".ls{match[1]}.gamma"
+    return ".mlp.fc1." if match[2] == "w12" else ".mlp.fc2."  # DINOv2's SwiGLU
+
+
 def _original_names(tensors: dict[str, Tensor]) -> tuple[State, dict]:
     """The original DeiT-3's and DINOv2's names as timm's, and what those models normalise with."""
     deit3 = any(key.endswith(".gamma_1") for key in tensors)
     hints = IMAGENET if deit3 or "mask_token" in tensors else {}
     if deit3 or "register_tokens" in tensors:
         hints = {**hints, "no_embed_class": True}
-    state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key): t for key, t in tensors.items()}
+    state = {_ORIGINAL.sub(_timm_name, key): tensor for key, tensor in tensors.items()}
     state.pop("mask_token", None)
     state = {k: t for k, t in state.items() if not k.startswith("pre_logits.")}  # as timm
     return huggingface.merge_registers(state), hints

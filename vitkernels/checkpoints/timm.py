@@ -10,7 +10,7 @@ import functools
 
 from torch import nn
 
-from ..nn import LayerNorm
+from ..nn import GluMlp, LayerNorm
 from ..nn.known import known
 
 
@@ -53,7 +53,7 @@ def vit_settings(source: nn.Module) -> dict:
     for block in source.blocks:
         _expect(block, "Block", "block", "ResPostBlock")
         _expect(block.attn, "Attention", "attention")
-        _expect(block.mlp, "Mlp", "MLP")
+        _expect(block.mlp, "Mlp", "MLP", "GluMlp")
     block, embed = source.blocks[0], source.patch_embed
     if getattr(block.attn, "gate", None) is not None:
         _refuse("gated attention")
@@ -95,6 +95,7 @@ def vit_settings(source: nn.Module) -> dict:
         "embed_norm_layer": _norm_layer(embed.norm),
         "norm_layer": _norm_layer(block.norm1),
         "act_layer": _activation(block.mlp.act),
+        "mlp_layer": _mlp_layer(block.mlp),
         "block_fn": type(block).__name__,
         **_normalization(source),
     }
@@ -134,6 +135,11 @@ def _norm_layer(norm: nn.Module):
     ):
         _refuse(f"the norm {type(norm).__name__}")
     return functools.partial(LayerNorm, eps=norm.eps, affine=norm.elementwise_affine)
+
+
+def _mlp_layer(mlp: nn.Module):
+    gated = type(mlp).__name__ == "GluMlp"
+    return functools.partial(GluMlp, gate_last=mlp.gate_last) if gated else "Mlp"
 
 
 def _activation(act: nn.Module):

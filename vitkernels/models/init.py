@@ -23,7 +23,7 @@ def init_weights(model: nn.Module, scheme: str, *, reset: bool) -> None:
         elif isinstance(child, nn.Conv2d) and scheme.startswith("jax"):
             _lecun_normal(child.weight)
             _zero(child.bias)
-        elif hasattr(child, "init_weights") and scheme != "reset":  # ResPostBlock
+        elif hasattr(child, "init_weights") and scheme != "reset":  # ResPostBlock, GluMlp
             child.init_weights()
         elif reset and hasattr(child, "reset_parameters"):
             child.reset_parameters()

@@ -93,7 +93,7 @@ class FusedViT(Loaders, IntermediateFeatures, nn.Module):
         act_layer = known("FusedViT", "act_layer", act_layer, nn.GELU)
         block_fn = known("FusedViT", "block_fn", block_fn)
         embed_layer = known("FusedViT", "embed_layer", embed_layer)
-        known("FusedViT", "mlp_layer", mlp_layer)
+        mlp_layer = known("FusedViT", "mlp_layer", mlp_layer)
         known("FusedViT", "attn_layer", attn_layer)
 
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
@@ -145,6 +145,7 @@ class FusedViT(Loaders, IntermediateFeatures, nn.Module):
                     drop_path[i],
                     act_layer,
                     norm_layer,
+                    mlp_layer,
                     **where,
                 )
                 for i in range(depth)

@@ -3,6 +3,7 @@
 from .attention import Attention
 from .block import Block
 from .drop_path import DropPath
+from .glu_mlp import GluMlp
 from .layer_norm import LayerNorm
 from .layer_scale import LayerScale
 from .linear import Linear
@@ -17,6 +18,7 @@ __all__ = [
     "Block",
     "DropPath",
     "GELUTanh",
+    "GluMlp",
     "LayerNorm",
     "LayerScale",
     "Linear",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .attention import Attention
 from .drop_path import DropPath
+from .glu_mlp import GluMlp
 from .layer_norm import LayerNorm
 from .layer_scale import LayerScale
 from .linear import Linear
@@ -41,6 +42,7 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         act_layer=nn.GELU,
         norm_layer=LayerNorm,
+        mlp_layer=Mlp,
         device=None,
         dtype=None,
     ):
@@ -54,7 +56,7 @@ class Block(nn.Module):
         self.ls1 = LayerScale(dim, init_values, **where)
         self.drop_path1 = DropPath(drop_path)
         self.norm2 = norm_layer(dim, **where)
-        self.mlp = Mlp(
+        self.mlp = mlp_layer(
             dim,
             int(dim * mlp_ratio),
             act_layer=act_layer,
@@ -105,8 +107,8 @@ def chainable(blocks: nn.Module) -> bool:
 
 # Modules that compute each token by itself, given the keys and values of all.
 TOKEN_WISE = (
-    Attention, DropPath, GELUTanh, LayerNorm, LayerScale, Linear, Mlp, QuickGELU,
-    nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear,
+    Attention, DropPath, GELUTanh, GluMlp, LayerNorm, LayerScale, Linear, Mlp, QuickGELU,
+    nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.SiLU,
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from .attention import Attention
 from .block import Block
+from .glu_mlp import GluMlp
 from .layer_norm import LayerNorm
 from .mlp import GELUTanh, Mlp, QuickGELU
 from .patch_embed import PatchEmbed
@@ -21,10 +22,11 @@ _KNOWN = {
         "GELU": nn.GELU, "gelu": nn.GELU,
         "GELUTanh": GELUTanh, "gelu_tanh": GELUTanh,
         "QuickGELU": QuickGELU, "quick_gelu": QuickGELU,
+        "SiLU": nn.SiLU, "silu": nn.SiLU,
     },
     "embed_layer": {"PatchEmbed": PatchEmbed},
     "block_fn": {"Block": Block, "ResPostBlock": ResPostBlock},
-    "mlp_layer": {"Mlp": Mlp},
+    "mlp_layer": {"Mlp": Mlp, "GluMlp": GluMlp},
     "attn_layer": {"Attention": Attention, "attn": Attention, "": Attention},
 }  # fmt: skip
 

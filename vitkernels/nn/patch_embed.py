@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._dispatch import autocast_dtype
 from ..ops import patch_embed
 from .resample import resample_patch_embed
 from .watched import global_hooks, plain, untouched
@@ -99,7 +100,7 @@ class PatchEmbed(nn.Module):
     def _renew_normalization(self, *_) -> None:
         """mean and std as (in_chans,) fp32 buffers beside the parameters, whatever their dtype."""
         for name, values in self._normalization.items():
-            tensor = torch.tensor(values, dtype=torch.float32, device=self.proj.weight.device)
+            tensor = torch.tensor(values, dtype=torch.float32, device=self._parameter().device)
             self.register_buffer(name, tensor, persistent=False)
 
     def _apply(self, fn, recurse: bool = True) -> PatchEmbed:
@@ -108,7 +109,7 @@ class PatchEmbed(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """images: uint8, normalised here, or float, taken as normalised."""
+        """images: uint8, normalised here, or float, taken as normalised, in the weight's dtype."""
         grid = self.dynamic_feat_size(tuple(x.shape[-2:]))
         if self.in_one_call():
             x = self.tokens(x)
@@ -146,7 +147,10 @@ class PatchEmbed(nn.Module):
         )
 
     def _fit(self, x: Tensor) -> Tensor:
-        """Padded to whole patches with dynamic_img_pad, else of a size that the model takes."""
+        """In the weight's dtype when float; padded to whole patches with dynamic_img_pad, else of
+        a size that the model takes."""
+        if x.is_floating_point() and autocast_dtype(x.device) is None:
+            x = x.to(self._parameter().dtype)
         H, W = x.shape[-2:]
         ph, pw = self.patch_size
         if self.strict_img_size:
@@ -166,9 +170,12 @@ class PatchEmbed(nn.Module):
     def _normalized(self, x: Tensor) -> Tensor:
         if x.dtype != torch.uint8:
             return x
-        dtype = self.proj.weight.dtype
+        dtype = self._parameter().dtype
         x = x.to(torch.promote_types(dtype, torch.float32)) / 255
         return ((x - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)).to(dtype)
+
+    def _parameter(self) -> Tensor:
+        return next(self.parameters())
 
 
 def _per_channel(name: str, values, in_chans: int) -> tuple[float, ...]:

@@ -35,6 +35,7 @@ class ResPostBlock(nn.Module):
         drop_path: float = 0.0,
         act_layer=nn.GELU,
         norm_layer=LayerNorm,
+        mlp_layer=Mlp,
         device=None,
         dtype=None,
     ):
@@ -47,7 +48,7 @@ class ResPostBlock(nn.Module):
         )  # fmt: skip
         self.norm1 = norm_layer(dim, **where)
         self.drop_path1 = DropPath(drop_path)
-        self.mlp = Mlp(
+        self.mlp = mlp_layer(
             dim,
             int(dim * mlp_ratio),
             act_layer=act_layer,
