@@ -13,7 +13,7 @@ from torch import Tensor
 PAPER, INK, FAINT = "#101218", "#f2f2f2", "#9aa0ac"
 DIM = 0.45  # of the gray image under the heat
 LOW, HIGH = 0.01, 0.995  # the quantiles of a map that are drawn darkest and brightest
-SIDE = 2.1  # inches of a small panel
+SIDE, LEAST = 2.1, 4.2  # inches of a small panel, and of the image itself
 
 
 def draw(path: Path, pixels: Tensor, panels: list[tuple[str, Tensor]], model: str, name: str):
@@ -22,9 +22,9 @@ def draw(path: Path, pixels: Tensor, panels: list[tuple[str, Tensor]], model: st
     n = len(panels)
     columns = math.ceil(math.sqrt(n * 4 / 3)) if n > 1 else 1
     rows = math.ceil(n / columns)
-    large = rows * SIDE if n > 1 else 4.2
+    large = max(rows * SIDE, LEAST)
     shape = image.shape[-1] / image.shape[-2]
-    side = SIDE if n > 1 else large
+    side = large / rows
     figure = Figure(
         figsize=((large + columns * side) * shape + 0.7, large + 0.85),
         facecolor=PAPER,
