@@ -167,23 +167,26 @@ BlockOfA<Unit> block_of_rows(const RowsIn& m, DType dtype, int64_t row, int64_t 
   return {scratch, stride};
 }
 
-// Columns [column, column + columns) of a (K, ...) operand of compute dtype T as strips of units:
-// A = operand^T. out: round_up(columns, kStrip) * units_of(K).
+// `columns` columns of a (K, ...) operand of compute dtype T as strips of units: A = operand^T.
+// out: round_up(columns, kStrip) * units_of(K). A few rows at a time: their lines stay in L1 while
+// strip after strip takes its part.
 template <class Unit, class T>
 void pack_strips(const T* src, int64_t stride, int64_t K, int64_t columns, Unit* out) {
+  constexpr int64_t kRows = 32;
   const int64_t units = units_of<Unit>(K);
-  for (int64_t k = 0; k < units; ++k) {
-    const T* row = src + k * kElements<Unit> * stride;
-    const bool has_second = (k + 1) * kElements<Unit> <= K;
-    float* to = reinterpret_cast<float*>(out) + k * kStrip;
-    int64_t c = 0;
-    for (; c + kVec <= columns; c += kStrip, to += units * kStrip)
-      store_n(to, load_row_units<Unit>(row + c, stride, has_second, kVec), kStrip);
-    for (; c < columns; c += kStrip, to += units * kStrip) {
-      const int64_t n = columns - c < kStrip ? columns - c : kStrip;
-      store_n(to, load_row_units<Unit>(row + c, stride, has_second, n), static_cast<int>(n));
+  for (int64_t k0 = 0; k0 < units; k0 += kRows)
+    for (int64_t c = 0; c < columns; c += kStrip) {
+      const int64_t rest = columns - c, n = rest < kVec ? rest : kVec;
+      const int kept = static_cast<int>(rest < kStrip ? rest : kStrip);
+      float* to = reinterpret_cast<float*>(out + c * units);
+      for (int64_t k = k0; k < units && k < k0 + kRows; ++k) {
+        const T* row = src + k * kElements<Unit> * stride + c;
+        const bool has_second = (k + 1) * kElements<Unit> <= K;
+        const Vec v = n == kVec ? load_row_units<Unit>(row, stride, has_second, kVec)
+                                : load_row_units<Unit>(row, stride, has_second, n);
+        store_n(to + k * kStrip, v, kept);
+      }
     }
-  }
 }
 
 // Panel i of B = src^T (src: one row for each of the `columns` columns of B, K elements long).

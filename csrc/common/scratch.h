@@ -12,9 +12,10 @@ struct FreeScratch {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Scratch of the calling thread, 64-byte aligned, valid until its next call and kept between calls:
-// fresh pages cost more than the kernel of a small problem.
-inline void* thread_scratch(int64_t bytes) {
+// Scratch of the calling thread, 64-byte aligned, kept between calls: fresh pages cost more than
+// the kernel of a small problem. It stays valid until the thread asks for the same slot again.
+template <int slot = 0>
+void* thread_scratch(int64_t bytes) {
   thread_local std::unique_ptr<void, FreeScratch> memory;
   thread_local int64_t held = 0;
   if (bytes > held) {

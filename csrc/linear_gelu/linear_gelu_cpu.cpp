@@ -18,6 +18,9 @@ constexpr int64_t kSlabRows = 4096;         // of x and dh that dweight sums up 
 constexpr int64_t kChunkRows = 32;          // rows whose dbias is summed together...
 constexpr int64_t kMaxChunks = 256;         // ...unless that makes more partial sums than this
 
+constexpr int64_t kKeptBytes = 16 << 20;  // of a packed operand that stays allocated
+constexpr int kPackedSlot = 1;
+
 const LinearGeluTable& kernels() { return VK_PICK_TABLE(linear_gelu); }
 
 MatrixArg matrix(const Rows& rows) {
@@ -71,8 +74,14 @@ void run_items(ProductFn kernel, const ProductArgs& p, int64_t items, int64_t sc
 void run_product(ProductArgs p, const Tensor& like) {
   if (p.M == 0 || p.N == 0) return;
   set_blocks(&p, static_cast<int64_t>(torch::stable::get_num_threads()));
-  const Tensor packed = empty_like_shape(like, {kernels().packed_bytes(p)}, ScalarType::Byte);
-  p.packed_b = packed.mutable_data_ptr();
+  const int64_t bytes = kernels().packed_bytes(p);
+  OptTensor packed;
+  if (bytes > kKeptBytes) {
+    packed = empty_like_shape(like, {bytes}, ScalarType::Byte);
+    p.packed_b = packed->mutable_data_ptr();
+  } else {
+    p.packed_b = thread_scratch<kPackedSlot>(bytes);
+  }
   run_items(kernels().pack, p, kernels().panels(p.N), kernels().pack_scratch(p));
   run_items(kernels().product, p, p.row_blocks * p.column_groups, kernels().product_scratch(p));
 }

@@ -74,6 +74,18 @@ struct Tile {
   int64_t stride() const { return round_up(columns, kVec); }
 };
 
+// Asks for the lines of C that the next tile will store: a product's time lies between, and the
+// stores then do not wait for memory.
+template <class T>
+void prefetch_next(const ProductArgs& p, const MatrixArg& m, const Tile& tile) {
+  const int64_t end = tile.row + 2 * tile.rows < p.M ? tile.row + 2 * tile.rows : p.M;
+  for (int64_t row = tile.row + tile.rows; row < end; ++row) {
+    const char* first = reinterpret_cast<const char*>(at<T>(m, row, tile.column));
+    const int64_t bytes = tile.columns * static_cast<int64_t>(sizeof(T));
+    for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(first + b, 1);
+  }
+}
+
 template <Activation act, class T>
 __attribute__((noinline)) void store_activated(const ProductArgs& p, const Tile& tile) {
   for (int64_t r = 0; r < tile.rows; ++r) {
@@ -89,6 +101,8 @@ __attribute__((noinline)) void store_activated(const ProductArgs& p, const Tile&
       if (p.out.data != nullptr) store_or(out + c, activate<act, T>(h), n);
     });
   }
+  if (p.out.data != nullptr) prefetch_next<T>(p, p.out, tile);
+  if (p.preactivation.data != nullptr) prefetch_next<T>(p, p.preactivation, tile);
 }
 
 void add_slabs(const ProductArgs& p, const Tile& tile) {
@@ -155,31 +169,23 @@ void product_items(const ProductArgs& p, int64_t begin, int64_t end, void* scrat
 
 // --- gradient of the activation
 // -------------------------------------------------------------------
-constexpr int64_t kSumRows = 4;  // rows added in registers before they go to the chunk's sum
-
 template <Activation act, class T>
-void grad_rows(const GradArgs& g, int64_t first, int64_t rows) {
+void grad_row(const GradArgs& g, int64_t r) {
+  const T* dy = at<const T>(g.dy, r, 0);
+  const T* preactivation = at<const T>(g.preactivation, r, 0);
+  T* out = g.dh.data == nullptr ? nullptr : at<T>(g.dh, r, 0);
   for_each_vec(g.N, [&](int64_t c, int n) {
-    Vec sum = {};
-    for (int64_t r = first; r < first + rows; ++r) {
-      Vec dh = load_or(at<const T>(g.dy, r, c), n);
-      if constexpr (act != Activation::kIdentity) {
-        const Vec h = load_or(at<const T>(g.preactivation, r, c), n);
-        dh = dh * derivative<act, T>(h);
-        if (g.dh.data != nullptr) store_or(at<T>(g.dh, r, c), dh, n);
-      }
-      sum = sum + dh;
-    }
-    if (g.dbias_sum != nullptr) store_or(g.dbias_sum + c, load_or(g.dbias_sum + c, n) + sum, n);
+    Vec dh = load_or(dy + c, n);
+    if constexpr (act != Activation::kIdentity)
+      dh = dh * derivative<act, T>(load_or(preactivation + c, n));
+    if (out != nullptr) store_or(out + c, dh, n);
+    if (g.dbias_sum != nullptr) store_or(g.dbias_sum + c, load_or(g.dbias_sum + c, n) + dh, n);
   });
 }
 
 template <class T>
 void grad_chunk(const GradArgs& g, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; r += kSumRows) {
-    const int64_t rows = end - r < kSumRows ? end - r : kSumRows;
-    VK_SWITCH_ACTIVATION(g.activation, grad_rows<act, T>(g, r, rows));
-  }
+  for (int64_t r = begin; r < end; ++r) VK_SWITCH_ACTIVATION(g.activation, grad_row<act, T>(g, r));
 }
 
 // --- table
