@@ -73,6 +73,8 @@ void run_items(ProductFn kernel, const ProductArgs& p, int64_t items, int64_t sc
 
 void run_product(ProductArgs p, const Tensor& like) {
   if (p.M == 0 || p.N == 0) return;
+  if (kernels().is_few_rows(p))
+    return run_items(kernels().few_rows, p, kernels().panels(p.N), kernels().few_rows_scratch(p));
   set_blocks(&p, static_cast<int64_t>(torch::stable::get_num_threads()));
   const int64_t bytes = kernels().packed_bytes(p);
   OptTensor packed;

@@ -48,13 +48,17 @@ struct GradArgs {
 };
 
 struct LinearGeluTable {
-  int64_t (*panels)(int64_t columns);  // work items of `pack`
+  int64_t (*panels)(int64_t columns);  // work items of `pack` and `few_rows`
   int64_t (*padded_columns)(int64_t columns);
   int64_t (*packed_bytes)(const ProductArgs&);
   int64_t (*pack_scratch)(const ProductArgs&);  // bytes per thread
   void (*pack)(const ProductArgs&, int64_t begin, int64_t end, void* scratch);
   int64_t (*product_scratch)(const ProductArgs&);  // bytes per thread
   void (*product)(const ProductArgs&, int64_t begin, int64_t end, void* scratch);
+  // Products of so few rows that packing B does not pay; work items are panels.
+  bool (*is_few_rows)(const ProductArgs&);
+  int64_t (*few_rows_scratch)(const ProductArgs&);  // bytes per thread
+  void (*few_rows)(const ProductArgs&, int64_t begin, int64_t end, void* scratch);
   // dh and the sum of its columns, for rows [begin, end).
   void (*grad)(const GradArgs&, int64_t begin, int64_t end);
   // out[n] = sum of partials[i * N + n] over i, in order.

@@ -167,6 +167,62 @@ void product_items(const ProductArgs& p, int64_t begin, int64_t end, void* scrat
   }
 }
 
+// --- few rows
+// ------------------------------------------------------------------------------------- Packing W
+// would cost more than the product: each row of W is read once where it lies, along K.
+constexpr int kMaxFewRows = 4, kDotColumns = 4;
+
+template <class T, int kRows>
+void dot_rows(const ProductArgs& p, const float* x, int64_t x_stride, int64_t column, float* sums,
+              int64_t stride) {
+  const T* w[kDotColumns];
+  for (int j = 0; j < kDotColumns; ++j)
+    w[j] = at<const T>(p.b, column + j < p.N ? column + j : p.N - 1, 0);
+  Vec acc[kRows][kDotColumns] = {};
+  for_each_vec(p.K, [&](int64_t k, int n) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kDotColumns; ++j) {
+      const Vec v = load_or(w[j] + k, n);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) acc[r][j] = fma(load(x + r * x_stride + k), v, acc[r][j]);
+    }
+  });
+  for (int r = 0; r < kRows; ++r)
+    for (int j = 0; j < kDotColumns; ++j) sums[r * stride + j] = reduce_add(acc[r][j]);
+}
+
+template <class T>
+void few_rows_items(const ProductArgs& p, int64_t begin, int64_t end, void* scratch) {
+  const int64_t x_stride = round_up(p.K, kVec), vecs = vecs_of(p.N);
+  float* sums = static_cast<float*>(scratch);
+  float* x = sums + block_floats(kMaxFewRows);
+  cast_rows<T>(p.a.data, p.a.dtype, p.a.stride, p.M, p.K, x, x_stride);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t column = panel_start(i, vecs) * kVec, last = panel_start(i + 1, vecs) * kVec;
+    const Tile tile{0, p.M, column, (last < p.N ? last : p.N) - column, sums};
+    for (int64_t c = 0; c < tile.columns; c += kDotColumns) {
+      const auto dot = p.M == 1   ? dot_rows<T, 1>
+                       : p.M == 2 ? dot_rows<T, 2>
+                       : p.M == 3 ? dot_rows<T, 3>
+                                  : dot_rows<T, 4>;
+      dot(p, x, x_stride, column + c, sums + c, tile.stride());
+    }
+    finish_tile(p, tile);
+  }
+}
+
+int64_t few_rows_scratch(const ProductArgs& p) {
+  return (block_floats(kMaxFewRows) + p.M * round_up(p.K, kVec)) * 4;
+}
+
+bool is_few_rows(const ProductArgs& p) {
+  return p.M <= kMaxFewRows && !p.a_transposed && p.b_transposed && p.b.dtype == p.dtype;
+}
+
+void few_rows(const ProductArgs& p, int64_t begin, int64_t end, void* scratch) {
+  VK_SWITCH_FLOAT(p.dtype, few_rows_items<scalar_t>(p, begin, end, scratch));
+}
+
 // --- gradient of the activation
 // -------------------------------------------------------------------
 template <Activation act, class T>
@@ -236,9 +292,9 @@ void sum_partials(const float* partials, int64_t count, int64_t N, MatrixArg out
 }  // namespace
 
 const LinearGeluTable& VK_ISA_TABLE(linear_gelu)() {
-  static constexpr LinearGeluTable table = {panels,       padded_columns, packed_bytes,
-                                            pack_scratch, pack,           product_scratch,
-                                            product,      grad,           sum_partials};
+  static constexpr LinearGeluTable table = {
+      panels,  padded_columns, packed_bytes,     pack_scratch, pack, product_scratch,
+      product, is_few_rows,    few_rows_scratch, few_rows,     grad, sum_partials};
   return table;
 }
 
