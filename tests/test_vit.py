@@ -67,6 +67,7 @@ RANDOM = {
     "drop_path": {"drop_path_rate": 0.4, "init_values": 0.5},
     "drop_path_everywhere": {"drop_path_rate": 0.9},
     "dropouts": {"drop_rate": 0.2, "pos_drop_rate": 0.1, "proj_drop_rate": 0.3},
+    "no_positions": {"pos_embed": "none", "pos_drop_rate": 0.9, "proj_drop_rate": 0.1},  # no drop
     "patch_dropout": {"patch_drop_rate": 0.4, "reg_tokens": 2, "drop_path_rate": 0.2},
     "res_post_norm": {"block_fn": "ResPostBlock", "drop_path_rate": 0.4},
 }

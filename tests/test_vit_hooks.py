@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from vit_pairs import images, logits_and_grads, needs_timm, pair, same
 
-from vitkernels.nn import Block, LayerNorm, Pending
+from vitkernels.nn import Block, LayerNorm, Linear, Pending
 
 pytestmark = pytest.mark.skipif(**needs_timm)
 
@@ -110,7 +110,8 @@ def test_global_hooks_see_tensors():
     finally:
         handle.remove()
     assert all(out is torch.Tensor for _, out in seen)
-    assert sum(module is LayerNorm for module, _ in seen) == 7
+    counts = {LayerNorm: 7, Linear: 13, nn.GELU: 3, nn.Conv2d: 1}
+    assert {kind: sum(m is kind for m, _ in seen) for kind in counts} == counts
 
 
 def test_replaced_modules_are_respected():
