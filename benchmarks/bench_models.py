@@ -31,17 +31,17 @@ def run(seconds: float) -> tuple[Race, list[Result]]:
 def text(result: Result) -> str:
     lines = [
         f"{MODEL} ({BATCH}) {result.case.title}",
-        f"  {'':24}{'best ms':>9}{'median ms':>11}{'CPU ms':>9}{'peak MiB':>10}{'ratio':>8}",
+        f"  {'':24}{'best ms':>9}{'median ms':>11}{'CPU ms':>9}{'peak MiB':>10}{'ratio':>8}"
+        f"{'by CPU':>8}",
     ]
     for entry in sorted(result.entries, key=lambda entry: entry.best):
-        times = "".join(
+        clocks = "".join(
             f"{1e3 * value:{width}.1f}"
             for value, width in ((entry.best, 9), (entry.median, 11), (entry.cpu, 9))
         )
         peak = "-" if entry.peak is None else f"{entry.peak / 2**20:.0f}"
-        ratio = result.ratio(entry)
-        said = "DIFFERS" if ratio is None else f"{ratio:.2f}x"
-        lines.append(f"  {entry.name:24}{times}{peak:>10}{said:>8}")
+        ratios = [report.times(result.ratio(entry, by)) for by in ("best", "cpu")]
+        lines.append(f"  {entry.name:24}{clocks}{peak:>10}{ratios[0]:>8}{ratios[1]:>8}")
     return "\n".join(lines)
 
 

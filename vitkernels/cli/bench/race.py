@@ -89,10 +89,12 @@ class Result:
     batch: int
     entries: list[Entry]
 
-    def ratio(self, peer: Entry) -> float | None:
-        """A peer's best time over ours; None where either computes something else."""
+    def ratio(self, peer: Entry, by: str = "best") -> float | None:
+        """A peer's best time over ours, or its `cpu`; None where either computes something else."""
         ours = self.entry(OURS)
-        return peer.best / ours.best if max(ours.excess, peer.excess) <= 1 else None
+        if max(ours.excess, peer.excess) > 1:
+            return None
+        return getattr(peer, by) / getattr(ours, by)
 
     def entry(self, name: str) -> Entry:
         return next(entry for entry in self.entries if entry.name == name)
