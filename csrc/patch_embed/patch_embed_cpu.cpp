@@ -108,6 +108,10 @@ void set_channels(PatchEmbedArgs* args, const OptTensor& mean, const OptTensor& 
     owners->groups.back().end = pairs ? (end + 1) / 2 * 2 : end;
     owners->channels.push_back(channel);
     args->residual = args->residual || channel.residual != 0.0f;
+    const ChannelArgs& first = owners->channels[0];
+    args->alike = (c == 0 || args->alike) && channel.center == first.center &&
+                  channel.factor == first.factor && channel.scale == first.scale &&
+                  channel.residual == first.residual;
   }
   args->channels = owners->channels.data();
   args->groups = owners->groups.data();
@@ -135,6 +139,9 @@ void set_images(PatchEmbedArgs* args, const Tensor& images, const Tensor& weight
   args->grid_h = images.size(2) / args->patch_h, args->grid_w = args->width / args->patch_w;
   args->dtype = dtype;
   args->images = image_view(images, op, owners);
+  const bool pixels_in_line = args->images.row == args->width * args->images.column;
+  if (args->patch_h == 1 && args->patch_w == 1 && pixels_in_line)  // one long line instead of many
+    args->grid_w = args->width = args->grid_h * args->grid_w, args->grid_h = 1;
   owners->weight = torch::stable::contiguous(weight);
   args->weight = owners->weight.const_data_ptr();
   args->weight_dtype = dtype_of(weight, op, "weight");

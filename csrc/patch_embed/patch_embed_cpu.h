@@ -51,6 +51,7 @@ struct PatchEmbedArgs {
   const GroupArgs* groups;
   int64_t group_count, operand_row;  // elements of an operand row
   bool residual;                     // some channel has one
+  bool alike;                        // all channels are treated alike
   void* packed_weight;               // packed_weight_units() of 4 bytes
 
   // Forward only.

@@ -43,11 +43,12 @@ inline int64_t line_columns(const PatchEmbedArgs& a) {
   return round_up(lines_per_block(a) * a.patch_w, kVec);
 }
 
-// Calls body(c, column, n): the n columns from `column` of the block belong to channel c.
+// Calls body(c, column, n): the n columns from `column` of the block belong to channel c, or are
+// treated like it.
 template <class Body>
 VK_INLINE void for_each_channel(const PatchEmbedArgs& a, Range lines, Body&& body) {
   for (int64_t l = lines.begin; l < lines.end;) {
-    const int64_t c = l / a.patch_h, next = (c + 1) * a.patch_h,
+    const int64_t c = l / a.patch_h, next = a.alike ? lines.end : (c + 1) * a.patch_h,
                   end = next < lines.end ? next : lines.end;
     body(c, (l - lines.begin) * a.patch_w, (end - l) * a.patch_w);
     l = end;
@@ -279,14 +280,18 @@ void store_dimages(const PatchEmbedArgs& a, int64_t b, Range rows, Range lines, 
     const int64_t c = l / a.patch_h, row = l % a.patch_h;
     const Vec scale = splat(a.channels[c].scale * a.channels[c].factor);
     T* channel = static_cast<T*>(a.dimages) + (b * a.C + c) * height * a.width;
-    const float* products = tile + (l - lines.begin) * a.patch_w;
-    for (int64_t n = rows.begin; n < rows.end; ++n) {
-      const int64_t y = n / a.grid_w, x = n % a.grid_w;
+    const float* p = tile + (l - lines.begin) * a.patch_w;
+    for (int64_t n = rows.begin, y = n / a.grid_w, x = n % a.grid_w; n < rows.end; ++n, ++x) {
+      if (x == a.grid_w) x = 0, ++y;
       T* out = channel + (y * a.patch_h + row) * a.width + x * a.patch_w;
-      const float* p = products + (n - rows.begin) * stride;
-      for_each_vec(a.patch_w, [&](int64_t i, int lanes) {
-        store_or(out + i, scale * load_or(p + i, lanes), lanes);
-      });
+      if (a.patch_w == 1) {
+        *out = from_float<T>(scale[0] * *p);
+      } else {
+        for_each_vec(a.patch_w, [&](int64_t i, int lanes) {
+          store_or(out + i, scale * load_or(p + i, lanes), lanes);
+        });
+      }
+      p += stride;
     }
   }
 }

@@ -54,13 +54,17 @@ void pack_weight_blocks(const PatchEmbedArgs& a, int64_t begin, int64_t end, voi
     const Range columns = column_block(a, block);
     for (int64_t d = columns.begin; d < columns.end; ++d) {
       E* row = s.rows + (d - columns.begin) * s.stride;
-      for (int64_t g = 0; g < a.group_count; ++g) row[a.groups[g].end - 1] = E{};
+      for (int64_t g = 0, c = 0; g < a.group_count; ++g) {
+        const int64_t first = c;
+        while (c < a.C && a.channels[c].offset < a.groups[g].end) ++c;
+        row[a.groups[g].end - 1] = E{};
+        convert(a.weight_dtype, a.weight, (d * a.C + first) * K, (c - first) * K,
+                row + a.groups[g].begin);
+      }
       float left_over = 0.0f;
-      for (int64_t c = 0; c < a.C; ++c) {
-        E* out = row + a.channels[c].offset;
-        convert(a.weight_dtype, a.weight, (d * a.C + c) * K, K, out);
-        if (!a.residual) continue;
-        const float sum = sum_of(out, K);  // of a weight with an infinity: the products show it
+      for (int64_t c = 0; c < a.C && a.residual; ++c) {
+        const float sum = sum_of(row + a.channels[c].offset, K);
+        // An infinity of the weight shows in the products; here it could only cancel against them.
         if (sum - sum == 0.0f) left_over += a.channels[c].residual * sum;
       }
       a.bias[d] += left_over;

@@ -158,6 +158,15 @@ VK_INLINE void read_line(const PatchEmbedArgs& a, const T* p, int64_t c, int64_t
                            channel.factor);
 }
 
+// One pixel of n interleaved channels that are treated alike.
+template <class T, class E>
+VK_INLINE void channel_run(const T* p, int64_t n, const ChannelArgs& channel, E* out) {
+  const Vec center = splat(channel.center), factor = splat(channel.factor);
+  for_each_vec(n, [&](int64_t c, int lanes) {
+    store_or(out + c, (load_or(p + c, lanes) - center) * factor, lanes);
+  });
+}
+
 // Cuts a line into `count` pieces of `n` elements, `stride` elements apart in the rows.
 template <int kElementsOf, class E>
 VK_INLINE void cut_fixed(const E* line, int64_t count, E* rows, int64_t stride) {
@@ -168,6 +177,8 @@ VK_INLINE void cut_fixed(const E* line, int64_t count, E* rows, int64_t stride) 
 template <class E>
 VK_INLINE void cut_line(const E* line, int64_t count, int64_t n, E* rows, int64_t stride) {
   switch (n) {
+    case 1:
+      return cut_fixed<1>(line, count, rows, stride);
     case 4:
       return cut_fixed<4>(line, count, rows, stride);
     case 8:
@@ -200,12 +211,18 @@ VK_INLINE void operand_rows(const PatchEmbedArgs& a, Range tokens, Range lines, 
     const T* p = static_cast<const T*>(v.data) + b * v.batch + y * a.patch_h * v.row +
                  x * a.patch_w * v.column;
     E* out = rows + (m - tokens.begin) * stride;
+    m += count;
+    if (v.column != 1 && a.alike && a.patch_h * a.patch_w == 1) {  // a patch is a run of channels
+      out += offset(lines.begin, 0);
+      for (int64_t i = 0; i < count; ++i)
+        channel_run(p + i * v.column + lines.begin, lines.size(), a.channels[0], out + i * stride);
+      continue;
+    }
     for (int64_t l = lines.begin; l < lines.end; ++l) {
       const int64_t c = l / a.patch_h, row = l % a.patch_h;
       read_line(a, p + row * v.row, c, count * a.patch_w, line);
       cut_line(line, count, a.patch_w, out + offset(c, row), stride);
     }
-    m += count;
   }
 }
 
