@@ -4,12 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <tuple>
 
 #include "common/cpu_vec.h"
+#include "common/scratch.h"
 #include "common/stable.h"
 
 namespace vitkernels {
@@ -19,25 +17,6 @@ constexpr int64_t kTokenChunks = 32;  // parts of the tokens whose sums over the
 constexpr int64_t kChunkRows = 8;     // ...of at least so many tokens each
 
 const PatchEmbedTable& kernels() { return VK_PICK_TABLE(patch_embed); }
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Scratch of the calling thread, kept between calls: fresh pages cost more than a small batch.
-void* thread_scratch(int64_t bytes) {
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local int64_t held = 0;
-  if (bytes > held) {
-    memory.reset();
-    held = 0;
-    const size_t size = static_cast<size_t>((bytes + 4095) / 4096 * 4096);
-    memory.reset(std::aligned_alloc(64, size));
-    if (memory == nullptr) throw std::bad_alloc();
-    held = static_cast<int64_t>(size);
-  }
-  return memory.get();
-}
 
 void run_items(void (*kernel)(const PatchEmbedArgs&, int64_t, int64_t, void*),
                const PatchEmbedArgs& args, int64_t items, int64_t scratch_bytes) {
@@ -199,7 +178,7 @@ Tensor patch_embed_fwd(Tensor images, Tensor weight, OptTensor bias, OptTensor p
   }
   if (prefix_tokens.has_value())
     args.prefix = parameter_rows(*prefix_tokens, D, op, "prefix_tokens", &owners.prefix);
-  owners.bias.assign(static_cast<size_t>(D + kVec), 0.0f);  // read in whole vectors
+  owners.bias.assign(static_cast<size_t>(D), 0.0f);
   if (bias.has_value()) {
     VK_CHECK(bias->dim() == 1 && bias->size(0) == D, op, "bias must have shape (", D, ",)");
     VK_SWITCH_FLOAT(dtype_of(*bias, op, "bias"), {

@@ -55,7 +55,7 @@ struct PatchEmbedArgs {
   void* packed_weight;               // packed_weight_units() of 4 bytes
 
   // Forward only.
-  float* bias;   // (D rounded up to 64): bias + residual * sum of weight
+  float* bias;   // (D): bias + residual * sum of weight
   RowsView pos;  // of the patches; one row of zeros (row stride 0) when there is none
   RowsView prefix, prefix_pos;  // (P, D)
   RowsView tokens;              // (B, P + N, D)

@@ -118,7 +118,7 @@ void store_tokens(const PatchEmbedArgs& a, Range rows, Range columns, float scal
                columns.begin;
     const Pos* pos = static_cast<const Pos*>(a.pos.data) + n * a.pos.row + columns.begin;
     for_each_vec(columns.size(), [&](int64_t d, int lanes) {
-      Vec sum = fma(factor, load(tile + d), load(a.bias + columns.begin + d));
+      Vec sum = fma(factor, load(tile + d), load_or(a.bias + columns.begin + d, lanes));
       if (total != nullptr) sum = sum + load(total + d);
       store_or(out + d, sum + load_or(pos + d, lanes), lanes);
     });
