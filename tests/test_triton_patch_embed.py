@@ -20,6 +20,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("this session runs kernels on a GPU", allow_module_level=True)
 
+import triton
+import triton.language as tl
+
 from vitkernels.ops.patch_embed import _triton as kernels
 from vitkernels.ops.patch_embed import _triton_backward as backward
 from vitkernels.ops.patch_embed import _triton_forward as forward
@@ -153,6 +156,19 @@ def test_statistics(kind, images):
 def test_without_bias():
     check(make(bias=False), what="no bias")
     check(make(bias=False, images=FP32, mean=None, std=None, P=0, pos=None), what="bare")
+
+
+@triton.jit
+def _centre_kernel(mean_ptr, centre_ptr):
+    tl.store(centre_ptr, tiles.channel_centre(mean_ptr, 0, True))
+
+
+@pytest.mark.parametrize("mean", [-0.4, 0.0, 0.001, 0.002, 0.485, 0.5, 1.0, 1.002, 100.0])
+def test_bytes_are_centred_by_an_integer_of_eight_bits(mean):
+    """So that 16 bits hold the difference; fp32 values cannot show it."""
+    centre = torch.empty(1)
+    _centre_kernel[(1,)](torch.tensor([mean]), centre)
+    assert centre.item() == min(max(math.floor(255 * mean + 0.5), 0), 255)
 
 
 def test_bytes_at_their_centre_leave_the_bias_alone():
