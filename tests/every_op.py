@@ -5,12 +5,23 @@ from __future__ import annotations
 import torch
 from attention_problems import attention_problem, packed_problem
 from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
+from linear_gelu_problems import linear_gelu_problem, linear_problem
+from patch_embed_problems import patch_embed_problem
 from problems import Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitkernels.testing import available_for
 
-OPS = ("add_layer_norm", "layer_norm_add", "attention", "attention_qkvpacked")
+OPS = (
+    "add_layer_norm",
+    "layer_norm_add",
+    "attention",
+    "attention_qkvpacked",
+    "patch_embed",
+    "linear_gelu",
+    "linear",
+)
+RAW = {op: op for op in OPS} | {"linear": "linear_gelu"}  # the raw operators' name
 OPS_AND_BACKENDS = [
     (op, backend)
     for op in OPS
@@ -31,6 +42,14 @@ def small_problem(op: str, dtype=torch.float32, *, batch=2, dropout_p=0.0) -> Pr
             batch, 9, 2, 16, dtype, Nk=11, bias=(1, 2, 9, 11), dropout_p=dropout_p,
             key_padding_mask=(batch, 11),
         )  # fmt: skip
+    elif op == "patch_embed":
+        # Two channels and float images: nothing else is as long as a batch, and all get gradients.
+        statistics = {"mean": torch.tensor([0.4, 0.5]), "std": torch.tensor([0.2, 0.3])}
+        problem = patch_embed_problem((2, 3), 4, 24, dtype, dtype, B=batch, Cin=2, **statistics)
+    elif op == "linear_gelu":
+        problem = linear_gelu_problem((batch, 5, 24), 40, dtype)
+    elif op == "linear":
+        problem = linear_problem((batch, 5, 24), 40, dtype)
     else:
         problem = packed_problem(
             batch, 9, 2, 16, dtype, bias=(1, 2, 9, 9), dropout_p=dropout_p,

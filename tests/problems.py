@@ -19,6 +19,7 @@ from vitkernels import testing
 from vitkernels.testing import SIXTEEN_BIT
 
 DTYPE_IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+INPUT_DTYPE_IDS = DTYPE_IDS | {torch.uint8: "uint8"}
 
 
 @dataclasses.dataclass
@@ -30,8 +31,9 @@ class Problem:
     eager: Callable
     outputs: tuple[str, ...]
     gradient_groups: tuple[tuple[str, ...], ...]
-    precision: torch.dtype = torch.float32
+    precision: torch.dtype | None = torch.float32  # of the gradients; None: each one's own dtype
     seed: int = 5
+    autocast: torch.dtype | None = None  # what ours runs under
 
     def laid_out(self, layout: str) -> Problem:
         inputs = {
@@ -50,7 +52,10 @@ class Problem:
         return dataclasses.replace(self, inputs=moved(self.inputs), options=moved(self.options))
 
     def double(self) -> Problem:
-        inputs = {n: None if t is None else t.double() for n, t in self.inputs.items()}
+        inputs = {
+            n: t.double() if t is not None and t.is_floating_point() else t
+            for n, t in self.inputs.items()
+        }
         options = dict(self.options)
         if isinstance(options.get("row_scale"), torch.Tensor):
             options["row_scale"] = options["row_scale"].double()
@@ -84,7 +89,10 @@ class Problem:
             named = dict(zip(names, tensors, strict=True))
             return function(**named, **{**options, **changes}, backend=backend)
 
-        return call
+        if self.autocast is None:
+            return call
+        device = next(iter(self.inputs.values())).device.type
+        return torch.autocast(device, self.autocast)(call)
 
     def truth(self) -> Callable:
         return self._other(self.spec, self.double().options)
@@ -150,7 +158,7 @@ def check(
     }
     what = f"{problem.op} {backend} {shape_class} {layout}"
     names = [f"{what}: {name}" for name in problem.outputs]
-    if backend != "torch":  # which takes another of its kernels when a gradient is wanted
+    if backend not in ("torch", "reference"):  # stock kernels differ when a gradient is wanted
         testing.assert_bitwise_equal(ours, outputs, f"{what}: with and without gradient")
     testing.assert_close_to_truth(ours, base, exact, what=names, **common)
     for group in problem.gradient_groups:
@@ -165,8 +173,8 @@ def check(
                 assert mine.dtype == given.dtype and mine.shape == given.shape, f"{what}: d{name}"
         names = [f"{what}: d{name}" for name in group]
         testing.assert_close_to_truth(*picked, dtype=problem.precision, what=names, **common)
-    dtype = DTYPE_IDS[problem.precision]
-    dtypes = {DTYPE_IDS[t.dtype] for t in tensors if t is not None and t.is_floating_point()}
+    dtype = DTYPE_IDS[problem.precision or torch.float32]
+    dtypes = {INPUT_DTYPE_IDS[t.dtype] for t in tensors if t is not None}
     label = dtype if dtypes == {dtype} else "+".join(sorted(dtypes | {dtype}))
     if grad_layout is not None:
         layout = f"{layout}, incoming {grad_layout}"

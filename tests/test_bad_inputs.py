@@ -25,6 +25,21 @@ def good_arguments(op):
         if op == "add_layer_norm":
             arguments |= {"gamma": torch.randn(C), "dropout_p": 0.1, "out_dtype": torch.float32}
         return arguments
+    if op == "patch_embed":
+        return {
+            "images": torch.randint(0, 256, (B, 3, 8, 12), dtype=torch.uint8),
+            "weight": torch.randn(C, 3, 4, 4),
+            "bias": torch.randn(C),
+            "pos_embed": torch.randn(1, 8, C),
+            "prefix_tokens": torch.randn(1, 2, C),
+            "mean": torch.rand(3),
+            "std": torch.rand(3),
+        }
+    if op in ("linear", "linear_gelu"):
+        arguments = {"x": torch.randn(shape), "weight": torch.randn(D, C), "bias": torch.randn(D)}
+        if op == "linear_gelu":
+            arguments |= {"approximate": "tanh", "save_preactivation": False}
+        return arguments
     arguments = {name: torch.randn(B, N, H, D) for name in ("q", "k", "v")}
     if op == "attention_qkvpacked":
         arguments = {"qkv": torch.randn(B, N, 3 * H * D), "num_heads": H}
@@ -77,6 +92,26 @@ LAYER_NORM_TENSORS = {
     "row_scale": range(1),
 }
 ATTENTION_TENSORS = {"k": (0, 2, 3), "v": (0, 1, 2, 3), "key_padding_mask": range(2)}
+PATCH_EMBED_TENSORS = {
+    "weight": (1,),
+    "bias": range(1),
+    "pos_embed": range(3),
+    "prefix_tokens": (0, 2),
+    "mean": range(1),
+    "std": range(1),
+}
+LINEAR_TENSORS = {"weight": (1,), "bias": range(1)}
+
+
+def fixed_sizes(op):
+    """The tensors that the first argument determines, and in which dimensions."""
+    if op in ("add_layer_norm", "layer_norm_add"):
+        return LAYER_NORM_TENSORS
+    if op in ("linear", "linear_gelu"):
+        return LINEAR_TENSORS
+    return PATCH_EMBED_TENSORS if op == "patch_embed" else ATTENTION_TENSORS
+
+
 OPTIONAL_SCALE = [pair for pair in bad_numbers() if pair[1] is not None]
 
 
@@ -90,25 +125,40 @@ def bad_arguments(op):
         "num_heads": [(str(v), v) for v in (0, -1, 5, 2.0, "2", None, True, NAN, [2], 10**6)],
         "out_dtype": [(str(v), v) for v in (torch.int32, torch.complex64, "bf16", 16, float)],
         "rows": [(str(v), v) for v in (N, -N - 1, 1.0, "0", [0, N], [0.5], [True], {"a": 1})],
+        "approximate": [(str(v), v) for v in ("erf", "None", "", None, 1, True, b"none", ["none"])],
+        "save_preactivation": [(str(v), v) for v in (None, 0, 1, "yes", torch.tensor(True))],
         "backend": [(str(v), v) for v in ("", "gpu", "CPU", 3, torch.float32)],
     }
     for name in (*good, "backend"):
         if name in numbers:
             yield from ((name, what, value) for what, value in numbers[name])
             continue
-        first = name in ("x", "q", "qkv")
+        first = name in ("x", "q", "qkv", "images")
         for what, value in not_a_float_tensor(good[name].float()):
+            if is_fine(name, what):
+                continue
             if (name, what) == ("key_padding_mask", "other device"):
                 value = value.bool()
             if not (first and what == "other device"):  # meta tensors alone are fine: shapes only
                 yield name, what, value
-        fixed = (LAYER_NORM_TENSORS if "x" in good else ATTENTION_TENSORS).get(name)
+        fixed = fixed_sizes(op).get(name)
         if fixed is not None:
             yield from ((name, what, value) for what, value in wrong_shapes(good[name], fixed))
     yield from special_cases(op, good)
 
 
+def is_fine(name, what):
+    """Images are uint8 more often than not; mean and std may be numbers."""
+    return (name, what) in {("images", "torch.uint8"), ("mean", "number"), ("std", "number")}
+
+
 def special_cases(op, good):
+    if op in ("linear", "linear_gelu"):
+        yield from linear_cases(good)
+        return
+    if op == "patch_embed":
+        yield from patch_embed_cases(good)
+        return
     if op in ("add_layer_norm", "layer_norm_add"):
         yield "x", "None", None
         yield "x", "no dimension", torch.tensor(1.0)
@@ -145,13 +195,66 @@ def special_cases(op, good):
         yield "v", "another dtype", good["v"].half()
 
 
+def linear_cases(good):
+    yield "x", "None", None
+    yield "x", "no dimension", torch.tensor(1.0)
+    yield "x", "K = 0", torch.randn(B, N, 0)
+    yield "weight", "None", None
+    yield "weight", "transposed", good["weight"].T
+    yield "weight", "N = 0", good["weight"][:0]
+    yield "weight", "a vector", torch.randn(C)
+    yield "bias", "of K values", torch.randn(C)
+    yield "bias", "one number", torch.randn(1)
+    yield "bias", "a number", 0.0
+
+
+def patch_embed_cases(good):
+    images, weight = good["images"], good["weight"]
+    yield "images", "None", None
+    yield "images", "one image without batch", images[0]
+    yield "images", "video", images[:, None]
+    yield "images", "height 9", torch.zeros(B, 3, 9, 12, dtype=torch.uint8)
+    yield "images", "width 10", torch.zeros(B, 3, 8, 10)
+    yield "images", "height 0", images[:, :, :0]
+    yield "images", "width 0", images[..., :0]
+    yield "images", "smaller than a patch", images[:, :, :3, :3]
+    yield "weight", "other channels", weight[:, :1]
+    yield "weight", "no channels", weight[:, :0]
+    yield "weight", "no filters", weight[:0]
+    yield "weight", "patch of 0", weight[..., :0]
+    yield "weight", "flat", weight.flatten(1)
+    yield "weight", "None", None
+    yield "bias", "a row", torch.randn(1, C)
+    yield "pos_embed", "a position for each sample", torch.randn(B, 8, C)
+    yield "pos_embed", "without batch", torch.randn(8, C)
+    yield "pos_embed", "one position less", torch.randn(1, 7, C)
+    yield "prefix_tokens", "without batch", torch.randn(2, C)
+    for name in ("mean", "std"):
+        yield name, "two floats", [0.5, 0.5]
+        yield name, "four floats", (0.5,) * 4
+        yield name, "no floats", []
+        yield name, "a dict", {"mean": 0.5}
+        yield name, "requires_grad", torch.rand(3, requires_grad=True)
+        yield name, "of two dimensions", torch.rand(3, 1)
+        for value in (NAN, INF, -INF, "0.5", True, 1j):
+            yield name, f"a list with {value}", [0.5, value, 0.5]
+            yield name, str(value), value
+    for value in (0.0, -1.0, 0):
+        yield "std", str(value), value
+        yield "std", f"a list with {value}", (0.5, 0.5, value)
+
+
 PUBLIC_OPS = (
     "add_layer_norm",
     "layer_norm_add",
     "attention",
     "attention_qkvpacked",
+    "patch_embed",
+    "linear_gelu",
+    "linear",
     "attention_weights",
 )
+WITH_BACKENDS = PUBLIC_OPS[:-1]
 CASES = [
     pytest.param(op, name, value, id=f"{op}-{name}-{what}")
     for op in PUBLIC_OPS
@@ -172,7 +275,7 @@ def test_the_error_names_everything(op, name, value):
 
 def test_sixty_bad_inputs_of_each_operator():
     counts = {op: sum(case.values[0] == op for case in CASES) for op in PUBLIC_OPS}
-    assert min(counts[op] for op in PUBLIC_OPS[:4]) >= 60, counts
+    assert min(counts[op] for op in WITH_BACKENDS) >= 60, counts
 
 
 @pytest.mark.parametrize("op", PUBLIC_OPS)
@@ -180,7 +283,7 @@ def test_the_good_arguments_are_good(op):
     getattr(vitkernels.ops, op)(**good_arguments(op))
 
 
-@pytest.mark.parametrize("op", PUBLIC_OPS[:4])
+@pytest.mark.parametrize("op", WITH_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64], ids=str)
 def test_a_refusing_backend_says_what_the_others_do(op, dtype):
     """An explicit request never falls back."""

@@ -10,9 +10,11 @@ import torch
 from attention_problems import attention_problem, packed_problem
 from every_op import OPS_AND_BACKENDS
 from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
+from linear_gelu_problems import APPROXIMATIONS, linear_gelu_problem, linear_problem
+from patch_embed_problems import IMAGE_LAYOUTS, MEAN, STD, UINT8, patch_embed_problem
 from problems import check
 
-from vitkernels.testing import FLOATS, LAYOUTS
+from vitkernels.testing import FLOATS, LAYOUTS, SIXTEEN_BIT
 
 RUNS = {"cpu": 60, "reference": 15, "torch": 10, "cuda": 10, "triton": 3}
 SLOW_RUNS = {"cpu": 2000, "reference": 100, "torch": 100, "cuda": 200, "triton": 30}
@@ -69,12 +71,57 @@ def draw_attention(op, rng, small):
     return attention_problem(B, N, H, D, dtype, Nk=Nk, **options)
 
 
+def draw_linear(op, rng, small):
+    leading = [rng.randint(1, 3 if small else 8) for _ in range(rng.randint(0, 3))]
+    K, N = (rng.randint(1, 70 if small else 300) for _ in range(2))
+    dtype = torch.float32 if small else rng.choice(FLOATS)
+    options = {"bias": rng.random() < 0.8, "seed": rng.randrange(2**20)}
+    if not small:
+        options |= {"weight_dtype": rng.choice(FLOATS), "bias_dtype": rng.choice(FLOATS)}
+        options["autocast"] = rng.choice([None, None, *SIXTEEN_BIT])
+    if op == "linear":
+        return linear_problem((*leading, K), N, dtype, **options)
+    options["approximate"] = rng.choice(APPROXIMATIONS)
+    options["save_preactivation"] = rng.random() < 0.5
+    return linear_gelu_problem((*leading, K), N, dtype, **options)
+
+
+def draw_patch_embed(op, rng, small):
+    grid = rng.randint(1, 3 if small else 7), rng.randint(1, 3 if small else 7)
+    patch = rng.choice([4, 8, 14, 16, (rng.randint(1, 9), rng.randint(1, 17))])
+    images, dtype = (torch.float32,) * 2 if small else (rng.choice(FLOATS), rng.choice(FLOATS))
+    images = UINT8 if rng.random() < 0.6 else images
+    options = {
+        "B": rng.randint(1, 2 if small else 4),
+        "Cin": rng.choice([1, 2, 3, 3, 4]),
+        "bias": rng.random() < 0.8,
+        "pos": rng.choice(["all", "all", "patches", None]),
+        "prefix": rng.choice([None, 0, 1, 1, 5]),
+        "mean": rng.choice([MEAN, None, 0.5, 0.0, 1.0, rng.random()]),
+        "std": rng.choice([STD, None, 0.5, 1e-2, 10.0]),
+        "seed": rng.randrange(2**20),
+    }
+    if not small:
+        names = ("weight_dtype", "bias_dtype", "pos_dtype", "prefix_dtype")
+        options |= {name: rng.choice(FLOATS) for name in names}
+        options["autocast"] = rng.choice([None, None, *SIXTEEN_BIT])
+    D = rng.randint(1, 40 if small else 200)
+    return patch_embed_problem(grid, patch, D, images, dtype, **options)
+
+
+DRAW = {"attention": draw_attention, "attention_qkvpacked": draw_attention}
+DRAW |= {"add_layer_norm": draw_layer_norm, "layer_norm_add": draw_layer_norm}
+DRAW |= {"linear_gelu": draw_linear, "linear": draw_linear, "patch_embed": draw_patch_embed}
+
+
 def run_one(op, backend, seed):
     rng = random.Random(f"{op} {seed}")
-    draw = draw_attention if op.startswith("attention") else draw_layer_norm
-    problem = draw(op, rng, small=backend in ("triton", "cuda"))
+    problem = DRAW[op](op, rng, small=backend in ("triton", "cuda"))
     layout, incoming = rng.choice(LAYOUTS), rng.choice([None, "ones", "contiguous"])
-    names = [name for name, t in problem.inputs.items() if t is not None]
+    if op == "patch_embed" and rng.random() < 0.4:
+        layout, incoming = rng.choice(IMAGE_LAYOUTS), incoming or "contiguous"
+    tensors = {name: t for name, t in problem.inputs.items() if t is not None}
+    names = [name for name, t in tensors.items() if t.is_floating_point()]
     wanted = tuple(rng.sample(names, rng.randint(1, len(names))))
     try:
         check(
@@ -84,7 +131,7 @@ def run_one(op, backend, seed):
             slack=1.5,
         )  # fmt: skip
     except Exception as error:
-        shapes = {n: (t.dtype, tuple(t.shape)) for n, t in problem.inputs.items() if t is not None}
+        shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
         raise AssertionError(
             f"run_one({op!r}, {backend!r}, {seed}): {layout}, incoming {incoming}, "
             f"gradients of {wanted}, {shapes}, {problem.options}"

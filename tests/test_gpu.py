@@ -10,6 +10,8 @@ import pytest
 import torch
 from attention_problems import attention_problem, packed_problem
 from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
+from linear_gelu_problems import linear_gelu_problem, linear_problem
+from patch_embed_problems import IMAGE_LAYOUTS, UINT8, patch_embed_problem
 from problems import DTYPE_IDS, check
 
 from vitkernels import ops
@@ -17,6 +19,7 @@ from vitkernels.testing import assert_bitwise_equal, available_for
 
 DEVICE = os.environ.get("VITKERNELS_TEST_DEVICE", "cuda")
 KERNELS = ("cuda", "triton")
+SMALL_CALLS = ("add_layer_norm", "attention_qkvpacked", "patch_embed", "linear_gelu")
 DTYPES = [pytest.param(dtype, id=name) for dtype, name in DTYPE_IDS.items()]
 
 pytestmark = [
@@ -45,7 +48,7 @@ def test_add_layer_norm(backend, channels, dtype):
     check(problem, backend, shape_class=f"C{channels}")
 
 
-@pytest.mark.parametrize("layout", ("transposed", "sliced", "expanded", "misaligned"))
+@pytest.mark.parametrize("layout", ("transposed", "sliced", "expanded", "misaligned_1"))
 @pytest.mark.parametrize("backend", kernels("add_layer_norm"))
 def test_add_layer_norm_layouts(backend, layout):
     needs(backend, "add_layer_norm")
@@ -68,7 +71,7 @@ def test_layer_norm_add(backend, channels, dtype):
 @pytest.mark.parametrize("backend", kernels("attention"))
 def test_attention(backend, N, D, dtype):
     needs(backend, "attention")
-    problem = packed_problem((2, N, 3, D), dtype).to(DEVICE)
+    problem = packed_problem(2, N, 3, D, dtype).to(DEVICE)
     factor = 0.9 if dtype != torch.float32 and N >= 49 else None
     check(problem, backend, shape_class=f"N{N} D{D}", rmse_factor=factor)
 
@@ -78,11 +81,59 @@ def test_attention(backend, N, D, dtype):
 @pytest.mark.parametrize("backend", kernels("attention"))
 def test_attention_with_bias(backend, dtype, bias):
     needs(backend, "attention")
-    problem = attention_problem((2, 197, 3, 64), dtype, bias=bias).to(DEVICE)
+    problem = attention_problem(2, 197, 3, 64, dtype, bias=bias).to(DEVICE)
     check(problem, backend, shape_class=f"N197 bias{bias}")
 
 
-@pytest.mark.parametrize("op", ("add_layer_norm", "attention_qkvpacked"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("patch", "grid", "D"),
+    ((16, 14, 384), (16, 14, 768), (32, 7, 768), (14, 16, 384), (8, 14, 192), (4, 28, 96),
+     (16, (3, 5), 97)),
+)  # fmt: skip
+@pytest.mark.parametrize("backend", kernels("patch_embed"))
+def test_patch_embed(backend, patch, grid, D, dtype):
+    needs(backend, "patch_embed")
+    for images in (UINT8, dtype):
+        problem = patch_embed_problem(grid, patch, D, images, dtype).to(DEVICE)
+        check(problem, backend, shape_class=f"patch {patch} grid {grid} D{D}")
+
+
+@pytest.mark.parametrize("layout", (*IMAGE_LAYOUTS, "misaligned_1", "nan_border"))
+@pytest.mark.parametrize("images", (UINT8, torch.bfloat16))
+@pytest.mark.parametrize("backend", kernels("patch_embed"))
+def test_patch_embed_layouts(backend, images, layout):
+    needs(backend, "patch_embed")
+    problem = patch_embed_problem(7, 16, 192, images, torch.bfloat16, prefix=5).to(DEVICE)
+    check(problem, backend, shape_class="patch 16 D192", layout=layout, grad_layout="contiguous")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("save", (True, False))
+@pytest.mark.parametrize("approximate", ("none", "tanh", "quick"))
+@pytest.mark.parametrize("backend", kernels("linear_gelu"))
+def test_linear_gelu(backend, approximate, save, dtype):
+    needs(backend, "linear_gelu")
+    for rows, K, N in ((394, 384, 1536), (197, 97, 129), (1, 768, 1000)):
+        problem = linear_gelu_problem(
+            (rows, K), N, dtype, approximate=approximate, save_preactivation=save
+        ).to(DEVICE)
+        slack = 1.1 if rows == 1 else 1.0  # an outer product's errors have a mean
+        check(problem, backend, shape_class=f"M{rows} K{K} N{N} {approximate}", slack=slack)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "layout", ("contiguous", "transposed", "sliced", "expanded", "misaligned_3")
+)
+@pytest.mark.parametrize("backend", kernels("linear"))
+def test_linear(backend, layout, dtype):
+    needs(backend, "linear")
+    problem = linear_problem((2, 197, 384), 320, dtype).to(DEVICE)
+    check(problem, backend, shape_class="M394 K384 N320", layout=layout)
+
+
+@pytest.mark.parametrize("op", SMALL_CALLS)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_repeats_are_bitwise_equal(backend, op):
     if backend not in kernels(op):
@@ -94,7 +145,7 @@ def test_repeats_are_bitwise_equal(backend, op):
         assert_bitwise_equal(first, again, f"{op} {backend}")
 
 
-@pytest.mark.parametrize("op", ("add_layer_norm", "attention_qkvpacked"))
+@pytest.mark.parametrize("op", SMALL_CALLS)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_side_stream_and_graph_capture(backend, op):
     if backend not in kernels(op) or DEVICE != "cuda":
@@ -134,5 +185,13 @@ def _small_call(op, backend):
         x = torch.randn(8, 197, 384, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
         gamma = torch.randn(384, device=DEVICE)
         return lambda: ops.add_layer_norm(x, x, gamma, None, gamma=gamma, backend=backend)[0], x
+    if op == "patch_embed":
+        images = torch.randint(0, 256, (8, 3, 224, 224), device=DEVICE, dtype=torch.uint8)
+        weight = torch.randn(192, 3, 16, 16, device=DEVICE, requires_grad=True)
+        return lambda: ops.patch_embed(images, weight, mean=0.5, std=0.5, backend=backend), weight
+    if op == "linear_gelu":
+        x = torch.randn(8, 197, 384, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.randn(1536, 384, device=DEVICE)
+        return lambda: ops.linear_gelu(x, weight, backend=backend), x
     qkv = torch.randn(4, 197, 3 * 6 * 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     return lambda: ops.attention_qkvpacked(qkv, 6, backend=backend), qkv

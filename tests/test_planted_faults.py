@@ -7,8 +7,11 @@ import torch
 from every_op import small_problem
 from problems import check
 
+from vitkernels.testing import as_tuple
+
 SLICES = {"add_layer_norm": "add_layer_norm", "layer_norm_add": "add_layer_norm"}
 SLICES |= {"attention": "attention", "attention_qkvpacked": "attention"}
+SLICES |= {"patch_embed": "patch_embed", "linear_gelu": "linear_gelu", "linear": "linear_gelu"}
 
 
 def change(index, function):
@@ -40,6 +43,10 @@ def zero_last_column(tensor):
 
 def nothing(_tensor):
     return None
+
+
+def gelu_of_saved(tensor):
+    return None if tensor is None else torch.nn.functional.gelu(tensor)
 
 
 def write_into_input(args, _outputs):
@@ -74,6 +81,26 @@ FAULTS = {
         change(0, lambda t: t.unflatten(2, (3, -1)).flip(2).flatten(2)),
     ),
     "packed: bias frozen": ("attention_qkvpacked_bwd", change(1, torch.zeros_like)),
+    "tokens: one value": ("patch_embed_fwd", change(0, add_to_one)),
+    "tokens: bf16 inside": ("patch_embed_fwd", change(0, truncate)),
+    "tokens: no position": ("patch_embed_fwd", change(0, lambda t: t - 0.01)),
+    "tokens: rows swapped": ("patch_embed_fwd", change(0, lambda t: t.flip(1))),
+    "patch_embed: input written": ("patch_embed_fwd", write_into_input),
+    "dimages: columns swapped": ("patch_embed_bwd", change(0, lambda t: t.flip(3))),
+    "dimages: bf16 inside": ("patch_embed_bwd", change(0, truncate)),
+    "dweight: channels swapped": ("patch_embed_bwd", change(1, lambda t: t.flip(1))),
+    "dweight: wrong std": ("patch_embed_bwd", change(1, lambda t: t * 1.0001)),
+    "dbias: with the prefix": ("patch_embed_bwd", change(2, lambda t: t + 0.1)),
+    "dpos: of one sample": ("patch_embed_bwd", change(3, lambda t: t / 2)),
+    "dprefix: missing": ("patch_embed_bwd", change(4, nothing)),
+    "gelu: one value": ("linear_gelu_fwd", change(0, add_to_one)),
+    "gelu: bf16 inside": ("linear_gelu_fwd", change(0, truncate)),
+    "gelu: another kind": ("linear_gelu_fwd", change(0, lambda t: t + 4e-4 * t.sign())),
+    "preactivation: after GELU": ("linear_gelu_fwd", change(1, gelu_of_saved)),
+    "linear dx: last column": ("linear_gelu_bwd", change(0, zero_last_column)),
+    "linear dweight: bf16 inside": ("linear_gelu_bwd", change(1, truncate)),
+    "linear dbias: missing": ("linear_gelu_bwd", change(2, nothing)),
+    "linear dbias: one row less": ("linear_gelu_bwd", change(2, lambda t: t * 0.9)),
 }
 
 
@@ -90,9 +117,10 @@ def test_a_planted_fault_is_caught(name, monkeypatch):
             return function
 
         def call(*args):
-            outputs = list(function(*args))
+            results = function(*args)
+            outputs = list(as_tuple(results))
             fault(args, outputs)
-            return tuple(outputs)
+            return tuple(outputs) if isinstance(results, tuple) else outputs[0]
 
         return call
 

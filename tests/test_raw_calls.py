@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vitkernels import ops
+from vitkernels.testing import available_for
 
 V = torch.ops.vitkernels
 X = torch.randn(2, 5, 16)
@@ -121,11 +122,17 @@ def test_strided_statistics_are_read_as_they_are():
 @pytest.mark.parametrize("backend", ("cpu", "reference"))
 def test_forward_mode_is_refused_not_dropped(backend):
     """A raw operator would lose the tangent without a word."""
-    calls = (
+    calls = [
         lambda x: ops.add_layer_norm(x, None, None, None, backend=backend)[0],
         lambda x: ops.layer_norm_add(x, x, None, None, backend=backend),
         lambda x: ops.attention_qkvpacked(x.repeat(1, 1, 3), 2, backend=backend),
-    )
+    ]
+    if backend in available_for("linear_gelu"):
+        calls.append(lambda x: ops.linear_gelu(x, X[0], backend=backend))
+        calls.append(lambda x: ops.linear(x, X[0], backend=backend))
+    if backend in available_for("patch_embed"):
+        weight = X[0, :2].view(2, 1, 4, 4)
+        calls.append(lambda x: ops.patch_embed(x[:, None, :4], weight, backend=backend))
     for call in calls:
         with pytest.raises((NotImplementedError, RuntimeError)):
             torch.func.jvp(call, (X,), (torch.ones_like(X),))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from every_op import KERNELS, OPS, OPS_AND_BACKENDS, RawCalls, small_problem
+from every_op import KERNELS, OPS, OPS_AND_BACKENDS, RAW, RawCalls, small_problem
 from problems import output_gradients
 
 from vitkernels.testing import as_tuple, assert_bitwise_equal, grads_of
@@ -38,7 +38,8 @@ def test_opcheck(op, backend):
     with RawCalls() as raw:
         run(problem, problem.ours(backend))
     names = {str(func) for func, _, _ in raw.calls}
-    assert names == {f"vitkernels.{op}_fwd.{backend}", f"vitkernels.{op}_bwd.{backend}"}
+    raw_op = RAW[op]
+    assert names == {f"vitkernels.{raw_op}_fwd.{backend}", f"vitkernels.{raw_op}_bwd.{backend}"}
     for func, args, _ in raw.calls:
         detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
         torch.library.opcheck(func, tuple(detached))
