@@ -76,7 +76,8 @@ def test_special_parameters(backend, images, where, value):
             "prefix_tokens": bad[:, 0, -1],
         }[where]
         assert expected.all() and bad.sum() == expected.numel()
-        if images != UINT8 or value is NAN:  # Inf: the constant term alone is Inf or NaN, or not
+        # The sign of Inf * (pixel - mean) is lost where the mean goes into a constant term.
+        if where != "weight" or value is NAN or (images == FP32 and dtype == FP32):
             assert_same_specials(problem, backend)
 
 

@@ -63,7 +63,7 @@ FREE = {
     ("linear_gelu_fwd", "x"): ("one dimension more", "one dimension less", "twice as many"),
     ("linear_gelu_fwd", "weight"): ("twice as many",),
     ("patch_embed_fwd", "images"): ("twice as many",),
-    ("patch_embed_fwd", "weight"): ("twice as many",),
+    ("patch_embed_fwd", "weight"): ("shorter rows",),  # a patch of (4, 3)
 }
 OTHERS = {
     "linear_gelu_fwd": {
