@@ -17,7 +17,13 @@ import torch
 
 from vitkernels.cli.bench import report
 
-from . import bench_add_layer_norm, bench_attention, bench_models
+from . import (
+    bench_add_layer_norm,
+    bench_attention,
+    bench_linear_gelu,
+    bench_models,
+    bench_patch_embed,
+)
 from .harness import Limits, Result, measure
 
 OPS = {
@@ -26,6 +32,9 @@ OPS = {
     "attention_qkvpacked": lambda everything: bench_attention.cases(
         everything, "attention_qkvpacked"
     ),
+    "patch_embed": bench_patch_embed.cases,
+    "linear_gelu": lambda everything: bench_linear_gelu.cases(everything, "linear_gelu"),
+    "linear": lambda everything: bench_linear_gelu.cases(everything, "linear"),
 }
 
 

@@ -29,7 +29,8 @@ class Case:
     """One operator at one shape, dtype and direction.
 
     functions: name -> function of the inputs; "vitkernels" is ours, "eager" the yardstick of the
-    check, the rest are further peers; "compile X" is torch.compile of X and is made here.
+    check, the rest are further peers; "compile X" is torch.compile of X and is made here, but not
+    for those in `kernels`, which hold one stock kernel.
     truth: the same function in float64. targets: peer -> (must, stretch), a ratio; the peer "best"
     is the fastest of all peers.
     """
@@ -44,18 +45,22 @@ class Case:
     truth: Callable
     cost: tuple[float, float]  # FLOPs, least bytes
     targets: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    kernels: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
         short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
         return f"{self.op} {self.name} {self.shape} {short[self.dtype]} {self.direction}"
 
+    def compiled(self) -> list[str]:
+        return [name for name in self.functions if name not in ("vitkernels", *self.kernels)]
+
     def runners(self) -> dict[str, Callable[[Inputs, Inputs], object]]:
         """name -> call(inputs, output gradients), with the backward where the direction has it."""
         functions = dict(self.functions)
-        for name, function in self.functions.items():
-            if name != "vitkernels":
-                functions[f"compile {name}"] = torch.compile(function, dynamic=False)
+        for name in self.compiled():
+            compiled = torch.compile(self.functions[name], dynamic=False)
+            functions[f"compile {name}"] = compiled
         run = _forward if self.direction == FORWARD else _forward_and_backward
         return {name: functools.partial(run, function) for name, function in functions.items()}
 
@@ -67,7 +72,12 @@ def _forward(function, inputs, _grads):
 
 def _forward_and_backward(function, inputs, grads):
     outputs = testing.as_tuple(function(*inputs))
-    return (*outputs, *torch.autograd.grad(outputs, inputs, grads))
+    return (*outputs, *torch.autograd.grad(outputs, _differentiated(inputs), grads))
+
+
+def _differentiated(inputs):
+    """All but uint8 images."""
+    return [t for t in inputs if t.requires_grad]
 
 
 # ---- The check
@@ -78,7 +88,7 @@ def problem_of(case: Case, seed: int = 0) -> tuple[Inputs, Inputs]:
     inputs = [t.detach() for t in case.make_inputs(seed)]
     if case.direction == FORWARD:
         return inputs, []
-    inputs = [t.requires_grad_() for t in inputs]
+    inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
     with torch.no_grad():
         outputs = testing.as_tuple(case.functions["eager"](*inputs))
     generator = torch.Generator().manual_seed(seed + 1000)
@@ -89,10 +99,13 @@ def check(case: Case, runners: dict[str, Callable]) -> None:
     """Ours within the error model, and every peer the same function; AssertionError otherwise."""
     inputs, grads = problem_of(case)
     run = _forward if case.direction == FORWARD else _forward_and_backward
-    doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+    doubles = [
+        t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+        for t in inputs
+    ]
     exact = run(case.truth, doubles, [g.double() for g in grads])
     results = {name: runner(inputs, grads) for name, runner in runners.items()}
-    outputs = len(exact) - (len(inputs) if grads else 0)
+    outputs = len(exact) - (len(_differentiated(inputs)) if grads else 0)
     for name, result in results.items():
         slack = 1.0 if name == "vitkernels" else 4.0
         for part in (slice(0, outputs), slice(outputs, None)):
@@ -182,7 +195,8 @@ def measure(case: Case, limits: Limits, seconds: float, warm: bool = False) -> R
     timings = time_alternating(calls, seconds)
     flops, moved = case.cost
     memory = moved / limits.bytes_per_second
-    compute = flops / limits.flops_per_second[case.dtype] if case.op.startswith("attention") else 0
+    products = not case.op.endswith("norm")  # the rest of the operators are matrix products
+    compute = flops / limits.flops_per_second[case.dtype] if products else 0
     bound = "memory" if memory > compute else "products"
     return Result(case, timings, max(memory, compute) / timings["vitkernels"].best, bound)
 
@@ -197,12 +211,17 @@ class Limits:
 
     @staticmethod
     def measured(seconds: float = 0.5) -> Limits:
-        """Copy bandwidth (read plus write) over 128 MB, and square matrix products by torch."""
+        """Copy bandwidth (read plus write) over 128 MB, and square matrix products by the faster of
+        torch.mm (MKL in fp32) and oneDNN."""
         source, target = (torch.ones(32 << 20) for _ in range(2))
         copies = time_alternating({"copy": lambda _: target.copy_(source)}, seconds)
         flops = {}
         for dtype in (torch.float32, torch.bfloat16):
             a, b = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
-            timing = time_alternating({"mm": lambda _, a=a, b=b: a @ b}, seconds)["mm"]
-            flops[dtype] = 2 * 1024**3 / timing.best
+            products = {"mm": lambda _, a=a, b=b: a @ b}
+            if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+                linear = torch.ops.mkldnn._linear_pointwise
+                products["oneDNN"] = lambda _, a=a, b=b: linear(a, b, None, "none", [], "")
+            timings = time_alternating(products, seconds).values()
+            flops[dtype] = 2 * 1024**3 / min(timing.best for timing in timings)
         return Limits(2 * source.numel() * 4 / copies["copy"].best, flops)

@@ -32,3 +32,19 @@ LAYER_NORM_TARGETS = {
     ("vit_small", BF16, BOTH): {"compile eager": (1.8, 1.8), "eager": (3.0, 3.0)},
     ("vit_small", FP32, FORWARD): {"compile eager": (1.8, 1.8), "eager": (2.5, 2.5)},
 }
+# The peers of a Linear are GEMM libraries; "best" is the faster of oneDNN's and MKL's.
+PATCH_EMBED_TARGETS = {
+    (name, dtype, FORWARD): {"eager": (1.5, 1.5), "compile eager": (1.2, 1.2)}
+    for name in ("vit_small", "vit_base", "vit_base_patch32", "swin_tiny")
+    for dtype in DTYPES
+} | {("vit_small", dtype, BOTH): {"eager": (1.0, 1.5)} for dtype in DTYPES}
+LINEAR_GELU_TARGETS = {
+    ("vit_small", BF16, FORWARD): {"eager": (1.1, 1.1), "compile eager": (1.0, 1.0)},
+    ("vit_small", BF16, BOTH): {"eager": (1.0, 1.1)},
+    ("vit_small", FP32, FORWARD): {"eager": (1.0, 2.0), "oneDNN": (1.0, 1.0)},
+    ("vit_small", FP32, BOTH): {"eager": (1.0, 1.5)},
+}
+LINEAR_TARGETS = {
+    ("vit_small", BF16, FORWARD): {"eager": (1.0, 1.0)},
+    ("vit_small", FP32, FORWARD): {"eager": (1.0, 2.0), "oneDNN": (1.0, 1.0)},
+}

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from . import bench_add_layer_norm, bench_attention
+from . import bench_add_layer_norm, bench_attention, bench_linear_gelu, bench_patch_embed
 from .harness import check, problem_of
 
-CASES = [*bench_add_layer_norm.cases(), *bench_attention.cases()]
+MODULES = (bench_add_layer_norm, bench_attention, bench_patch_embed, bench_linear_gelu)
+CASES = [case for module in MODULES for case in module.cases()]
 PEERS = [
     pytest.param(case, peer, id=f"{case.title}-{peer}")
     for case in CASES
-    for peer in (*case.functions, *(f"compile {n}" for n in case.functions if n != "vitkernels"))
+    for peer in (*case.functions, *(f"compile {name}" for name in case.compiled()))
 ]
 
 
