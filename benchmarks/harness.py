@@ -220,8 +220,9 @@ class Limits:
             a, b = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
             products = {"mm": lambda _, a=a, b=b: a @ b}
             if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-                linear = torch.ops.mkldnn._linear_pointwise
-                products["oneDNN"] = lambda _, a=a, b=b: linear(a, b, None, "none", [], "")
+                products["oneDNN"] = lambda _, a=a, b=b: torch.ops.mkldnn._linear_pointwise(
+                    a, b, None, "none", [], ""
+                )
             timings = time_alternating(products, seconds).values()
             flops[dtype] = 2 * 1024**3 / min(timing.best for timing in timings)
         return Limits(2 * source.numel() * 4 / copies["copy"].best, flops)
