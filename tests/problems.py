@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable
 
+import pytest
 import torch
 
 import vitkernels.ops
@@ -218,6 +219,17 @@ def philox_keep_mask(seed: int, shape: tuple[int, ...], p: float) -> torch.Tenso
             k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
         kept.append(c0 >= round(p * 2**32))
     return torch.tensor(kept).view(shape)
+
+
+def backend_and_dtype(backends, dtypes, name="dtype"):
+    """Parametrizes both; Triton's interpreter computes 16-bit products in fp32, so fp32 only."""
+    pairs = [
+        pytest.param(backend, dtype, id=f"{backend}-{INPUT_DTYPE_IDS[dtype]}")
+        for backend in backends
+        for dtype in dtypes
+        if backend != "triton" or dtype not in SIXTEEN_BIT
+    ]
+    return pytest.mark.parametrize(("backend", name), pairs)
 
 
 def lowest_precision(*dtypes) -> torch.dtype:

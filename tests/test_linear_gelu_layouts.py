@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from linear_gelu_problems import APPROXIMATIONS, linear_gelu_problem, linear_problem
-from problems import DTYPE_IDS, check
+from problems import DTYPE_IDS, backend_and_dtype, check
 
 from vitkernels.ops import linear, linear_gelu
 from vitkernels.testing import LAYOUTS, assert_bitwise_equal, available_for, grads_of, in_layout
@@ -19,7 +19,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_function = pytest.mark.parametrize("backend", FUNCTIONS)
 each_op = pytest.mark.parametrize("op", MAKERS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPE_IDS, ids=DTYPE_IDS.get)
 NOT_CONTIGUOUS = [name for name in LAYOUTS if name != "contiguous"]
 
 
@@ -28,26 +27,24 @@ def small(op, backend, dtype, shape=(3, 7, 40), N=24, **options):
     return MAKERS[op](shape, N, FP32 if backend == "triton" else dtype, **options)
 
 
-@each_dtype
 @pytest.mark.parametrize("layout", NOT_CONTIGUOUS)
 @each_op
-@each_backend
+@backend_and_dtype(BACKENDS, DTYPE_IDS)
 def test_layouts_of_inputs_and_gradients(backend, op, layout, dtype):
     check(small(op, backend, dtype), backend, shape_class="K40 N24", layout=layout)
 
 
 @pytest.mark.parametrize("skip", range(1, 16))
 @each_op
-@each_backend
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 def test_every_misalignment(backend, op, skip):
     problem = small(op, backend, BF16, (2, 3, 48), 32)
     check(problem, backend, shape_class="K48 N32", layout=f"misaligned_{skip}")
 
 
-@each_dtype
 @pytest.mark.parametrize("layout", ["ones", "transposed", "expanded", "sliced", "misaligned_1"])
 @each_op
-@each_backend
+@backend_and_dtype(BACKENDS, DTYPE_IDS)
 def test_incoming_gradients(backend, op, layout, dtype):
     """`ones` is what .sum().backward() sends: one number, expanded with strides of 0."""
     problem = small(op, backend, dtype)
@@ -65,8 +62,7 @@ def test_strided_images(backend, K, layout):
 
 @pytest.mark.parametrize("layout", NOT_CONTIGUOUS)
 @pytest.mark.parametrize("which", ["x", "weight"])
-@pytest.mark.parametrize("dtype", (FP32, BF16), ids=DTYPE_IDS.get)
-@each_backend
+@backend_and_dtype(BACKENDS, (FP32, BF16))
 def test_one_operand_in_another_layout(backend, dtype, which, layout):
     """A weight kept transposed (Conv1D), sliced out of qkv or stacked; the other one is dense."""
     problem = small("linear_gelu", backend, dtype, (2, 21, 64), 48)
@@ -114,9 +110,8 @@ def test_outputs_are_contiguous_and_new(backend, op):
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 24), (3, 0, 24), (0, 24)], ids=str)
-@each_dtype
 @each_op
-@each_backend
+@backend_and_dtype(BACKENDS, DTYPE_IDS)
 def test_no_rows(backend, op, dtype, shape):
     """An empty batch gives an empty output, and zero gradients of the parameters."""
     problem = small(op, backend, dtype, shape, 40)
@@ -149,9 +144,8 @@ def test_gradients_accumulate(backend):
 # ---- The saved pre-activation
 
 
-@each_dtype
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)
-@each_function
+@backend_and_dtype(FUNCTIONS, DTYPE_IDS)
 def test_saved_or_recomputed_the_bits_are_the_same(backend, approximate, dtype):
     for shape, N in (((3, 37, 72), 56), ((1, 7), 5)):
         problem = small("linear_gelu", backend, dtype, shape, N, approximate=approximate)

