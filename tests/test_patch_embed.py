@@ -55,7 +55,7 @@ def test_every_number_of_channels(backend, Cin, images):
 @pytest.mark.parametrize("D", WIDTHS)
 @backend_and_dtype(BACKENDS, DTYPE_IDS)
 def test_every_width(backend, D, dtype):
-    for patch in (4, 16):
+    for patch in (4, 16) if backend != "triton" or D < 100 else (4,):  # or 10 s interpreted
         images, weights = precision_for(backend, UINT8, dtype)
         problem = patch_embed_problem((3, 5), patch, D, images, weights)
         check(problem, backend, shape_class=f"patch {patch} D{D}")
