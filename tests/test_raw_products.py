@@ -62,9 +62,6 @@ SHAPES = {
 FREE = {
     ("linear_gelu_fwd", "x"): ("one dimension more", "one dimension less", "twice as many"),
     ("linear_gelu_fwd", "weight"): ("twice as many",),
-    ("patch_embed_bwd", "bias"): (*SHAPES,),
-    ("patch_embed_bwd", "pos_embed"): (*SHAPES,),
-    ("patch_embed_bwd", "prefix_tokens"): (*SHAPES,),
     ("patch_embed_fwd", "images"): ("twice as many",),
     ("patch_embed_fwd", "weight"): ("shorter rows",),  # a patch of (4, 3)
 }

@@ -128,11 +128,8 @@ void set_images(PatchEmbedArgs* args, const Tensor& images, const Tensor& weight
 }
 
 // (1, rows, D) as rows of unit stride.
-RowsView parameter_rows(const Tensor& t, int64_t D, const char* op, const char* name,
-                        Tensor* owner) {
-  VK_CHECK(t.dim() == 3 && t.size(0) == 1 && t.size(2) == D, op, name,
-           " must have shape (1, rows, ", D, ")");
-  *owner = D == 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
+RowsView parameter_rows(const Tensor& t, const char* op, const char* name, Tensor* owner) {
+  *owner = t.size(2) == 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
   return {const_cast<void*>(owner->const_data_ptr()), 0, owner->stride(1), dtype_of(t, op, name)};
 }
 
@@ -142,15 +139,25 @@ RowsView from_row(RowsView view, int64_t row) {
   return view;
 }
 
-// The number of prefix tokens, and whether the position embedding has rows for them.
-bool set_prefix(PatchEmbedArgs* args, const OptTensor& pos_embed, const OptTensor& prefix_tokens,
-                const char* op) {
-  const int64_t N = args->grid_h * args->grid_w;
-  args->P = prefix_tokens.has_value() && prefix_tokens->dim() == 3 ? prefix_tokens->size(1) : 0;
+// Checks the shapes of the parameters beside the weight, and sets the number of prefix tokens.
+// Returns whether the position embedding has rows for them.
+bool set_parameters(PatchEmbedArgs* args, const OptTensor& bias, const OptTensor& pos_embed,
+                    const OptTensor& prefix_tokens, const char* op) {
+  const int64_t D = args->D, N = args->grid_h * args->grid_w;
+  const auto is_rows = [D](const Tensor& t) {
+    return t.dim() == 3 && t.size(0) == 1 && t.size(2) == D;
+  };
+  if (bias.has_value())
+    VK_CHECK(bias->dim() == 1 && bias->size(0) == D, op, "bias must have shape (", D, ",)");
+  if (prefix_tokens.has_value()) {
+    VK_CHECK(is_rows(*prefix_tokens), op, "prefix_tokens must have shape (1, P, ", D, ")");
+    args->P = prefix_tokens->size(1);
+  }
   if (!pos_embed.has_value()) return false;
-  VK_CHECK(pos_embed->dim() == 3 && (pos_embed->size(1) == N || pos_embed->size(1) == args->P + N),
-           op, "pos_embed must have ", N, " or ", args->P + N, " rows");
-  return pos_embed->size(1) == args->P + N;
+  const int64_t rows = is_rows(*pos_embed) ? pos_embed->size(1) : -1;
+  VK_CHECK(rows == N || rows == args->P + N, op, "pos_embed must have shape (1, ", N, " or ",
+           args->P + N, ", ", D, ")");
+  return rows == args->P + N;
 }
 
 // Memory of `units` of 4 bytes that the kernels fill themselves.
@@ -166,21 +173,20 @@ Tensor patch_embed_fwd(Tensor images, Tensor weight, OptTensor bias, OptTensor p
   Owners owners;
   const DType dtype = dtype_of(out_dtype, op, "out_dtype");
   set_images(&args, images, weight, mean, std, dtype, op, &owners);
-  const bool with_prefix = set_prefix(&args, pos_embed, prefix_tokens, op);
+  const bool with_prefix = set_parameters(&args, bias, pos_embed, prefix_tokens, op);
   const int64_t D = args.D, N = args.grid_h * args.grid_w;
 
   owners.zeros.assign(static_cast<size_t>(D), 0.0f);
   args.pos = args.prefix_pos = {owners.zeros.data(), 0, 0, DType::kF32};
   if (pos_embed.has_value()) {
-    const RowsView pos = parameter_rows(*pos_embed, D, op, "pos_embed", &owners.pos);
+    const RowsView pos = parameter_rows(*pos_embed, op, "pos_embed", &owners.pos);
     if (with_prefix) args.prefix_pos = pos;
     args.pos = from_row(pos, with_prefix ? args.P : 0);
   }
   if (prefix_tokens.has_value())
-    args.prefix = parameter_rows(*prefix_tokens, D, op, "prefix_tokens", &owners.prefix);
+    args.prefix = parameter_rows(*prefix_tokens, op, "prefix_tokens", &owners.prefix);
   owners.bias.assign(static_cast<size_t>(D), 0.0f);
   if (bias.has_value()) {
-    VK_CHECK(bias->dim() == 1 && bias->size(0) == D, op, "bias must have shape (", D, ",)");
     VK_SWITCH_FLOAT(dtype_of(*bias, op, "bias"), {
       const scalar_t* p = static_cast<const scalar_t*>(bias->const_data_ptr());
       for (int64_t d = 0; d < D; ++d) owners.bias[d] = to_float(p[d * bias->stride(0)]);
@@ -260,7 +266,7 @@ std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> patch_embed_bw
   PatchEmbedArgs args{};
   Owners owners;
   set_images(&args, images, weight, mean, std, dtype_of(dtokens, op, "dtokens"), op, &owners);
-  const bool with_prefix = set_prefix(&args, pos_embed, prefix_tokens, op);
+  const bool with_prefix = set_parameters(&args, bias, pos_embed, prefix_tokens, op);
   set_dtokens(&args, dtokens, op, &owners);
   VK_CHECK(!output_mask[0] || !args.images.bytes, op, "uint8 images have no gradient");
 
