@@ -34,7 +34,7 @@ def check_name(name: str) -> None:
     timm = import_timm()
     if timm is not None and timm.is_model(name):
         return
-    known = COMMON if timm is None else [*COMMON, *timm.list_models()]
+    known = COMMON if timm is None else [*dict.fromkeys([*COMMON, *timm.list_models()])]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.55)
     hint = f"did you mean {' or '.join(near)}?" if near else f"one of them is {COMMON[0]}"
     more = "" if timm else " (timm, which knows more names, is not installed: pip install timm)"
