@@ -99,6 +99,15 @@ def test_hooks_may_change_what_passes():
     same(logits_and_grads(ours, x), logits_and_grads(theirs, x), 2e-5)
 
 
+@pytest.mark.parametrize("place", ["blocks.1.attn.q_norm", "blocks.2.attn.k_norm"])
+def test_hooks_may_change_queries_and_keys_that_have_no_norm(place):
+    theirs, ours = pair()
+    for model in (theirs, ours):
+        model.get_submodule(place).register_forward_hook(lambda m, args, out: out * 3)
+    x = images()
+    same(logits_and_grads(ours, x), logits_and_grads(theirs, x), 2e-5)
+
+
 def test_global_hooks_see_tensors():
     _, ours = pair()
     seen = []

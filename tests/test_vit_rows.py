@@ -1,5 +1,7 @@
 """With class-token pooling the last block computes only what the head reads: exactly the same."""
 
+from types import MethodType
+
 import pytest
 import torch
 from torch import nn
@@ -121,6 +123,11 @@ CHANGES = {
     "no pooling": lambda m: m.reset_classifier(0, ""),
     "checkpointing": lambda m: m.set_grad_checkpointing(),
     "active dropout": lambda m: (m.train(), setattr(m.blocks[-1].mlp.drop1, "p", 0.5)),
+    "dropout of attention, its module at rest": lambda m: (
+        m.train(),
+        setattr(m.blocks[-1].attn.attn_drop, "p", 0.5),
+        m.blocks[-1].attn.attn_drop.eval(),
+    ),
     "another pool": lambda m: setattr(m, "__class__", OtherPool),
     "other features": lambda m: setattr(m, "__class__", OtherFeatures),
 }
@@ -137,6 +144,25 @@ def test_all_rows_are_computed_where_somebody_may_see_them(change, monkeypatch):
     ours.blocks[0].register_forward_hook(nobody)
     torch.manual_seed(2)
     same({"y": got}, {"y": ours(x)})
+
+
+METHODS = {
+    "pool": lambda self, x, pool_type=None: x.mean(dim=1),
+    "forward_head": lambda self, x, pre_logits=False: self.head(x.mean(dim=1)),
+    "forward_features": lambda self, x, attn_mask=None, is_causal=False: 2 * self.norm(
+        self.blocks(self._pos_embed(self.patch_embed(x)))
+    ),
+    "_pos_embed": lambda self, x: torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_replaced_on_one_model_are_called(name):
+    theirs, ours = pair()
+    for model in (theirs, ours):
+        setattr(model, name, MethodType(METHODS[name], model))
+    x = images()
+    same({"y": ours(x)}, {"y": theirs(x)}, 2e-5)
 
 
 @pytest.mark.parametrize("mask", [{"attn_mask": torch.ones(17, 17).bool()}, {"is_causal": True}])

@@ -58,8 +58,8 @@ class Loaders:
 
         The names in it tell whether timm, transformers, torchvision or JAX wrote it. What shapes
         do not tell is timm's usual: heads of 64 channels (the known giants apart), eps 1e-6 (1e-5
-        with pre-norm, 1e-12 with transformers' names), erf GELU; num_heads, norm_layer and
-        act_layer say otherwise.
+        with pre-norm, 1e-12 with transformers' names of ViT), erf GELU, norms before the branches;
+        num_heads, norm_layer, act_layer and block_fn say otherwise.
         """
         from ..checkpoints.pretrained import vit_from_pretrained
 

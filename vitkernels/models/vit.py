@@ -20,7 +20,7 @@ from ..nn.mlp import Mlp
 from ..nn.patch_embed import pair
 from ..nn.pending import add, add_norm, fusable
 from ..nn.resample import resample_pos_embed
-from ..nn.watched import plain, untouched
+from ..nn.watched import keeps, plain, untouched
 from .init import SCHEMES, init_weights, trunc_normal_
 from .intermediates import IntermediateFeatures
 from .loaders import Loaders
@@ -221,13 +221,10 @@ class FusedViT(Loaders, IntermediateFeatures, nn.Module):
 
     def _head_reads_row_0(self) -> bool:
         """Whether the last block needs to compute the class token only, and nobody sees it."""
-        ours = type(self)
         return (
             self.global_pool == "token"
             and not self.grad_checkpointing
-            and ours.forward_features is FusedViT.forward_features
-            and ours.forward_head is FusedViT.forward_head
-            and ours.pool is FusedViT.pool
+            and keeps(self, FusedViT, "forward_features", "forward_head", "pool")
             and chainable(self.blocks)
             and skips_rows(self.blocks[-1])
             and untouched(self.norm, *TOKEN_WISE)
@@ -248,7 +245,7 @@ class FusedViT(Loaders, IntermediateFeatures, nn.Module):
             untouched(self.patch_embed, PatchEmbed)
             and self.patch_embed.in_one_call()
             and untouched(self.patch_embed.norm, nn.Identity)
-            and type(self)._pos_embed is FusedViT._pos_embed
+            and keeps(self, FusedViT, "_pos_embed")
             and plain(self.cls_token, self.reg_token, self.pos_embed)
             and autocast_dtype(x.device) is None
         )

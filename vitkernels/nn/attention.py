@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..ops import attention, attention_qkvpacked, attention_weights, linear
 from .linear import Linear
+from .watched import global_hooks, untouched
 
 
 class Attention(nn.Module):
@@ -60,11 +61,7 @@ class Attention(nn.Module):
             attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         drop = self.attn_drop.p if self.training else 0.0
         options = {"bias": attn_mask, "scale": self.scale, "dropout_p": drop}
-        if (
-            rows is None
-            and isinstance(self.q_norm, nn.Identity)
-            and isinstance(self.k_norm, nn.Identity)
-        ):
+        if rows is None and _unseen_identities(self.q_norm, self.k_norm):
             x = attention_qkvpacked(self.qkv(x), self.num_heads, **options)
         else:
             q, k, v = self._unpack(self.qkv(x)) if rows is None else self._first_rows(x, rows)
@@ -87,3 +84,8 @@ class Attention(nn.Module):
 
     def _unpack(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return qkv.unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
+
+
+def _unseen_identities(*norms: nn.Module) -> bool:
+    """Whether q and k may stay packed: these do nothing, and nobody waits for their calls."""
+    return not global_hooks() and all(untouched(norm, nn.Identity) for norm in norms)

@@ -119,6 +119,7 @@ def skips_rows(block: Block) -> bool:
     """
     return (
         type(block.attn) is Attention
+        and not (block.attn.training and block.attn.attn_drop.p > 0)  # not called: has no say
         and untouched(block.attn.qkv, Linear)
         and plain(block.attn.qkv.weight)
         and all(

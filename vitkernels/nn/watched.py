@@ -22,6 +22,15 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def keeps(module: nn.Module, base: type, *methods: str) -> bool:
+    """Whether these methods are base's: no subclass has its own, nobody replaced one on this very
+    module."""
+    return all(
+        getattr(type(module), name) is getattr(base, name) and name not in module.__dict__
+        for name in methods
+    )
+
+
 def global_hooks() -> bool:
     return torch.nn.modules.module._has_any_global_hook()
 
