@@ -135,6 +135,62 @@ def test_a_folder_of_timm_s_hub(tmp_path):
     assert ours.patch_embed.std.tolist() == pytest.approx([0.4, 0.5, 0.6])
 
 
+TOLD_BY_NAME = [
+    "vit_base_patch32_siglip_gap_256", "vit_giantopt_patch16_siglip_gap_256",
+    "vit_large_patch16_siglip_gap_512", "vit_so400m_patch16_siglip_gap_256",
+    "vit_base_patch16_siglip_gap_224", "vit_so400m_patch14_siglip_gap_224",
+    "vit_base_patch16_rpn_224", "beit3_base_patch16_224", "vit_base_patch16_gap_224",
+    "vit_giant_patch16_radio_v3", "test_vit", "vit_base_patch32_clip_quickgelu_224",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOLD_BY_NAME)
+def test_what_the_name_of_timm_s_hub_says_beside_the_shapes(name, tmp_path):
+    with torch.device("meta"):
+        theirs = FusedViT.from_timm(timm.create_model(name, depth=1))
+    state = {key: torch.zeros(tensor.shape) for key, tensor in theirs.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))
+    ours = FusedViT.from_pretrained(tmp_path)
+
+    def told(model):
+        block = model.blocks[0]
+        approximate = getattr(block.mlp.act, "approximate", "none")
+        act = "tanh" if approximate == "tanh" else type(block.mlp.act).__name__
+        return type(block), act.replace("GELUTanh", "tanh"), block.norm1.eps, block.attn.num_heads
+
+    assert told(ours) == told(theirs)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".npz"])
+def test_a_layer_before_the_head_is_reported(suffix, tmp_path):
+    path = tmp_path / f"m{suffix}"
+    state = timm_vit().state_dict()
+    if suffix == ".npz":
+        arrays = jax_arrays(state, 3, "augreg")
+        np.savez(path, **arrays, **{"pre_logits/kernel": np.zeros((48, 48), np.float32)})
+    else:
+        torch.save({**state, "pre_logits.fc.weight": torch.zeros(48, 48)}, path)
+    with pytest.warns(UserWarning, match=r"pre_logits.* ignored: FusedViT has no layer before"):
+        FusedViT.from_pretrained(path, num_heads=3)
+
+
+def test_jax_arrays_that_nobody_reads_are_refused(tmp_path):
+    arrays = jax_arrays(timm_vit().state_dict(), 3, "augreg")
+    extra = {"Transformer/encoderblock_0/LayerScale_0/gamma": np.zeros(48, np.float32)}
+    np.savez(tmp_path / "m.npz", **arrays, **extra)
+    with pytest.raises(ValueError, match=r"not expected: Transformer/encoderblock_0/LayerScale_0"):
+        FusedViT.from_pretrained(tmp_path / "m.npz")
+
+
+def test_every_eps_and_dropout_of_a_timm_model_is_copied():
+    theirs, x = timm_vit(), images()
+    theirs.norm.eps, theirs.blocks[1].norm2.eps, theirs.blocks[2].mlp.drop1.p = 0.1, 0.2, 0.3
+    ours = FusedViT.from_timm(theirs)
+    same({"y": ours(x)}, {"y": theirs(x)})
+    assert ours.blocks[2].mlp.drop1.p == 0.3 and ours.blocks[1].mlp.drop1.p == 0.0
+
+
 def test_device_and_dtype_and_a_fresh_head(tmp_path):
     theirs = timm_vit()
     path = tmp_path / "m.pth"

@@ -118,6 +118,22 @@ def test_a_bare_file_takes_the_default_eps(tmp_path):
     assert torch.equal(ours(x), FusedViT.from_huggingface(theirs)(x))
 
 
+def test_a_bare_file_of_dinov2_takes_its_defaults(tmp_path):
+    theirs = huggingface("dinov2")
+    theirs.save_pretrained(tmp_path)
+    ours = FusedViT.from_pretrained(tmp_path / "model.safetensors", num_heads=3)
+    assert ours.norm.eps == 1e-6
+    assert ours.patch_embed.mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
+
+
+def test_a_preprocessor_that_does_not_normalize(tmp_path):
+    huggingface().save_pretrained(tmp_path)
+    settings = {"do_normalize": False, "image_mean": [0.1] * 3, "image_std": [0.2] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    embed = FusedViT.from_huggingface(tmp_path).patch_embed
+    assert embed.mean.tolist() == [0.0] * 3 and embed.std.tolist() == [1.0] * 3
+
+
 def test_the_pooler_is_reported():
     with pytest.warns(UserWarning, match=r"from_huggingface: pooler\.dense\.weight.* ignored"):
         FusedViT.from_huggingface(huggingface("model"))

@@ -127,6 +127,11 @@ CONFIGS = {
          "crop_size": {"height": 32, "width": 32}},
         "center crop 0.8, bilinear, mean 0.5, std 0.5: preprocessor_config.json beside",
     ),
+    "transformers_unnormalized": (
+        "preprocessor_config.json",
+        {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_normalize": False},
+        "mean 0, std 1: preprocessor_config.json beside",
+    ),
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import re
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -219,6 +220,11 @@ def check_fit(loader: str, origin: str, model: nn.Module, state: State) -> None:
         raise ValueError(
             f"{loader}: {origin} does not fit FusedViT: {'; '.join(filter(None, problems))}"
         )
+
+
+def warn_of_ignored(loader: str, keys: list[str], what: str) -> None:
+    if keys:
+        warnings.warn(f"{loader}: {', '.join(keys)} ignored: FusedViT has no {what}", stacklevel=6)
 
 
 @contextlib.contextmanager

@@ -8,14 +8,13 @@ from __future__ import annotations
 import functools
 import os
 import re
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import GELUTanh, LayerNorm, QuickGELU
-from .build import IMAGENET, build, one_sentence
+from .build import IMAGENET, build, one_sentence, warn_of_ignored
 from .files import read_folder
 
 MODELS = ("vit", "dinov2", "dinov2_with_registers")
@@ -93,7 +92,7 @@ def from_state(
     *, keep_requires_grad: bool = False,
 ):  # fmt: skip
     """From transformers' configuration (empty: what a ViT has by default) and names."""
-    hints = _hints(loader, origin, config) if config else {"norm_layer": _norm_layer({})}
+    hints = _hints(loader, origin, config) if config else _default_hints(tensors)
     with one_sentence(loader, origin):
         state = timm_state(loader, origin, tensors)
     hints["no_embed_class"] = "reg_token" in state
@@ -129,10 +128,7 @@ def timm_state(loader: str, origin: str, tensors: dict[str, Tensor]) -> dict[str
             )
         state[name] = torch.cat([several[i] for i in range(count)])
     pooler = [key for key in ignored if "pooler." in key]
-    if pooler:
-        warnings.warn(
-            f"{loader}: {', '.join(pooler)} ignored: FusedViT has no pooler", stacklevel=5
-        )
+    warn_of_ignored(loader, pooler, "pooler")
     return merge_registers(state)
 
 
@@ -182,11 +178,10 @@ def _hints(loader: str, origin: str, config: dict) -> dict:
         "num_heads": config["num_attention_heads"],
         "depth": config["num_hidden_layers"],
         "act_layer": ACTIVATIONS[act],
-        "norm_layer": _norm_layer(config),
+        **_of_kind(kind, config),
         "pos_drop_rate": config.get("hidden_dropout_prob", 0.0),
         "hidden_dropout_prob": config.get("hidden_dropout_prob", 0.0),
         "attn_drop_rate": config.get("attention_probs_dropout_prob", 0.0),
-        **(IMAGENET if kind != "vit" else {}),
     }
     if config.get("use_swiglu_ffn"):  # the shapes tell it
         del hints["act_layer"]
@@ -194,10 +189,21 @@ def _hints(loader: str, origin: str, config: dict) -> dict:
     hints["img_size"] = tuple(size) if isinstance(size, (list, tuple)) else size
     preprocessor = config.get("preprocessor", {})
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        if preprocessor.get(theirs) is not None and preprocessor.get("do_normalize", True):
+        if preprocessor.get(theirs) is not None:
             hints[ours] = tuple(preprocessor[theirs])
+    if not preprocessor.get("do_normalize", True):
+        hints |= {"mean": 0.0, "std": 1.0}
     return hints
 
 
-def _norm_layer(config: dict):
-    return functools.partial(LayerNorm, eps=config.get("layer_norm_eps", 1e-12))
+def _default_hints(tensors: dict[str, Tensor]) -> dict:
+    """What a file without a configuration most likely is: of the two, DINOv2 has LayerScale."""
+    dinov2 = any(".layer_scale1." in key for key in tensors)
+    return _of_kind("dinov2" if dinov2 else "vit", {})
+
+
+def _of_kind(kind: str, config: dict) -> dict:
+    """In what ViT and DINOv2 differ beside their shapes."""
+    eps, normalization = (1e-12, {}) if kind == "vit" else (1e-6, IMAGENET)
+    eps = config.get("layer_norm_eps", eps)
+    return {"norm_layer": functools.partial(LayerNorm, eps=eps), **normalization}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .build import warn_of_ignored
+
 PREFIXES = ("", "opt/target/", "params/", "params/img/")
 PATCH_KERNEL = "embedding/kernel"
 
@@ -25,9 +27,12 @@ def timm_state(loader: str, origin: str, arrays: dict[str, Tensor]) -> tuple[dic
     big_vision = scanned or prefix.startswith("params/") or "pos_embedding" in arrays
     positions = "pos_embedding" if big_vision else "Transformer/posembed_input/pos_embedding"
 
+    unread = set(arrays)
+
     def get(key: str) -> Tensor:
         if key not in arrays:
             raise ValueError(f"{loader}: {origin} does not fit FusedViT: missing {key}")
+        unread.discard(key)
         return arrays[key]
 
     kernel = get(PATCH_KERNEL)
@@ -43,9 +48,9 @@ def timm_state(loader: str, origin: str, arrays: dict[str, Tensor]) -> tuple[dic
         "norm.bias": get("Transformer/encoder_norm/bias"),
     }
     if "cls" in arrays:
-        state["cls_token"] = arrays["cls"]
+        state["cls_token"] = get("cls")
     if "head/kernel" in arrays:
-        state["head.weight"], state["head.bias"] = arrays["head/kernel"].t(), get("head/bias")
+        state["head.weight"], state["head.bias"] = get("head/kernel").t(), get("head/bias")
     depth = _depth(arrays, scanned)
     for i in range(depth):
         block = f"Transformer/encoderblock{'' if scanned else f'_{i}'}/"
@@ -53,6 +58,11 @@ def timm_state(loader: str, origin: str, arrays: dict[str, Tensor]) -> tuple[dic
             lambda key, block=block: get(block + key))  # fmt: skip
         state |= {f"blocks.{i}.{key}": tensor for key, tensor in _block(one, big_vision).items()}
     heads = {} if depth == 0 else {"num_heads": get(_any_query(arrays)).shape[-2]}
+    layers = sorted(key for key in unread if key.startswith("pre_logits/"))
+    warn_of_ignored(loader, layers, "layer before the head")  # as timm
+    if others := sorted(unread.difference(layers)):
+        some = f"{', '.join(others[:3])}{' ...' if len(others) > 3 else ''}"
+        raise ValueError(f"{loader}: {origin} does not fit FusedViT: not expected: {some}")
     return state, heads
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
 
 from torch import Tensor
 
-from ..nn import QuickGELU
+from ..nn import GELUTanh, LayerNorm, QuickGELU
 from . import huggingface, jax, torchvision
-from .build import BICUBIC, BILINEAR, IMAGENET, State, build, one_sentence
+from .build import BICUBIC, BILINEAR, IMAGENET, State, build, one_sentence, warn_of_ignored
 from .files import read_file, read_folder
 
 LOADER = "from_pretrained"
@@ -26,6 +27,18 @@ _OTHERS = (
     (r"^blocks\.\d+\.mlp\.(fc1_g|w1)\.", "a Vision Transformer with SwiGLU in two matrices"),
     (r"^blocks\.\d+\.attns\.", "a Vision Transformer with parallel blocks"),
     (r"^visual\.(class_embedding|trunk\.)", "a CLIP model (its image tower is FusedViT's part)"),
+)
+
+# What the names of timm's architectures say where shapes do not tell it.
+_ARCHITECTURES = (
+    (r"quickgelu", {"act_layer": QuickGELU}),
+    (r"(base_patch32|giantopt_patch16|so400m_patch16)_siglip_gap_", {"act_layer": GELUTanh}),
+    (r"large_patch16_siglip_gap_512", {"act_layer": GELUTanh}),
+    (r"_rpn_", {"block_fn": "ResPostBlock"}),
+    (r"^beit3_", {"norm_layer": functools.partial(LayerNorm, eps=1e-5)}),
+    (r"^vit_base_patch16_gap_", {"num_heads": 16}),
+    (r"^vit_giant_patch16_radio_", {"num_heads": 24}),
+    (r"^test_vit", {"num_heads": 2}),
 )
 
 
@@ -99,7 +112,9 @@ def _original_names(tensors: dict[str, Tensor]) -> tuple[State, dict]:
         hints = {**hints, "no_embed_class": True}
     state = {_ORIGINAL.sub(_timm_name, key): tensor for key, tensor in tensors.items()}
     state.pop("mask_token", None)
-    state = {k: t for k, t in state.items() if not k.startswith("pre_logits.")}  # as timm
+    layers = [key for key in state if key.startswith("pre_logits.")]
+    warn_of_ignored(LOADER, layers, "layer before the head")  # as timm
+    state = {key: tensor for key, tensor in state.items() if key not in layers}
     return huggingface.merge_registers(state), hints
 
 
@@ -112,6 +127,7 @@ def _timm_hints(config: dict) -> dict:
             hints[name] = tuple(pretrained[name])
     if config.get("global_pool") in ("token", "avg", "max", "avgmax"):
         hints["global_pool"] = config["global_pool"]
-    if "quickgelu" in config["architecture"]:
-        hints["act_layer"] = QuickGELU
+    for pattern, settings in _ARCHITECTURES:
+        if re.search(pattern, config["architecture"]):
+            hints |= settings
     return {**hints, **config.get("model_args", {})}

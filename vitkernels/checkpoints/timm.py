@@ -114,7 +114,8 @@ def _normalization(source: nn.Module) -> dict:
 
 
 def copy_parameters(source: nn.Module, model: nn.Module) -> None:
-    """Copies under the same names: dtype, device, requires_grad and each module's mode are kept."""
+    """Copies under the same names: dtype, device, requires_grad, each module's mode, the eps of
+    each norm and the rate of each dropout are kept."""
     state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
     model.load_state_dict(state, strict=True, assign=True)
     theirs = dict(source.named_parameters())
@@ -122,7 +123,11 @@ def copy_parameters(source: nn.Module, model: nn.Module) -> None:
         parameter.requires_grad_(theirs[name].requires_grad)
     modules = dict(source.named_modules())
     for name, module in model.named_modules():
-        module.training = modules.get(name, source).training
+        same = modules.get(name, source)
+        module.training = same.training
+        for setting in ("eps", "p"):
+            if hasattr(module, setting) and hasattr(same, setting):
+                setattr(module, setting, getattr(same, setting))
 
 
 def _norm_layer(norm: nn.Module):

@@ -126,6 +126,8 @@ def _from_transformers(facts: dict) -> dict:
     if facts.get("do_normalize", True) and facts.get("image_mean"):
         found["mean"] = tuple(float(value) for value in facts["image_mean"])
         found["std"] = tuple(float(value) for value in facts["image_std"])
+    if not facts.get("do_normalize", True):
+        found |= {"mean": (0.0,), "std": (1.0,)}
     if facts.get("resample") in PILLOW_RESAMPLING:
         found["interpolation"] = PILLOW_RESAMPLING[facts["resample"]]
     size, crop = facts.get("size"), facts.get("crop_size")
