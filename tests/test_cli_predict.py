@@ -152,6 +152,8 @@ def test_gray_model_and_other_image_size(tmp_path, capsys):
     assert len(predict_json(capsys, image, "--weights", path)) == 1
     status, out, _ = run(capsys, "predict", image, "--weights", path, "--image-size", 64)
     assert status == 0 and "64x64 pixels" in out
+    status, out, _ = run(capsys, "predict", image, "--weights", path, "--image-size", 36)
+    assert status == 0 and "36x36 pixels" in out  # four patches of 8, 4 pixels left out
 
 
 @pytest.mark.parametrize("key", ["id2label", "label_names"])

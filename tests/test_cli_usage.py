@@ -114,6 +114,7 @@ ATTENTION_MAP = {
     f"text.jpg --out a.png {WEIGHTS}": "text.jpg is not an image",
     f"good.png --out nowhere/a.png {WEIGHTS}": "--out: the folder nowhere does not exist: mkdir",
     f"good.png --out folder {WEIGHTS}": "--out: folder is a folder: name a file in it",
+    f"good.png --out good.png {WEIGHTS}": "--out: good.png is the image itself",
     f"good.png --out a.txt {WEIGHTS}": "--out: a.txt must end in .png",
     f"good.png --out /proc/a.png {WEIGHTS}": "--out: cannot write in /proc",
     f"good.png --out a.png {WEIGHTS} --block 2": "--block: the model has the blocks 0 to 1, got 2",

@@ -66,6 +66,18 @@ def _pos_embed(self, x):
     return FusedViT._pos_embed(self, x)
 
 
+def test_what_is_left_of_whole_patches_is_left_out():
+    theirs, ours = pair(img_size=(37, 44), patch_size=8)  # SO400M: 384 pixels, patches of 14
+    x = torch.randint(0, 256, (2, 3, 37, 44), dtype=torch.uint8)
+    normalised = (x.float() / 255 - 0.5) / 0.5
+    a, b = normalised.clone().requires_grad_(), normalised.clone().requires_grad_()
+    got, expected = ours(a), theirs(b)
+    same({"y": got}, {"y": expected}, 2e-5)
+    got.square().sum().backward(), expected.square().sum().backward()
+    same({"dx": a.grad}, {"dx": b.grad}, 2e-5)
+    same({"y": ours(x)}, {"y": got}, 2e-5)
+
+
 def test_overlapping_patches_are_respected():
     theirs, ours = pair("dynamic_size")
     for model in (theirs, ours):

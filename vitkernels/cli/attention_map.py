@@ -52,6 +52,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--rollout is over all blocks and heads: leave out --block and --head")
     check_input_file(options.image, "IMAGE")
     check_output_file(options.out, "--out", FORMATS)
+    if options.out.exists() and options.out.samefile(options.image):
+        raise UsageError(f"--out: {options.out} is the image itself: name another file")
     with threads(options.threads):
         eye = Eye.open(options)
         _check_numbers(options, eye.model)

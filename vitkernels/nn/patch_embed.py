@@ -129,6 +129,9 @@ class PatchEmbed(nn.Module):
     ) -> Tensor:
         """(B, prefix + patches, embed_dim) in one pass; see vitkernels.ops.patch_embed."""
         x = self._fit(x)
+        (H, W), (ph, pw) = x.shape[-2:], self.patch_size
+        if H % ph or W % pw:  # what a convolution leaves out
+            x = x[..., : H // ph * ph, : W // pw * pw]
         mean, std = (self.mean, self.std) if x.dtype == torch.uint8 else (None, None)
         return patch_embed(
             x, self.proj.weight, self.proj.bias,
