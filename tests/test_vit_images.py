@@ -223,5 +223,7 @@ def test_one_mean_or_one_for_each_channel(mean):
         with pytest.raises(ValueError, match="mean must be a float or 3 floats"):
             FusedViT(**SMALL, mean=mean)
         return
+    with pytest.raises(ValueError, match="std must be above 0, got"):
+        FusedViT(**SMALL, mean=mean, std=(0.5, 0.0, 0.5))
     expected = [mean] * 3 if isinstance(mean, float) else list(mean)
     assert PatchEmbed(32, 8, mean=mean).mean.tolist() == pytest.approx(expected)

@@ -185,4 +185,6 @@ def _per_channel(name: str, values, in_chans: int) -> tuple[float, ...]:
     values = (values,) * in_chans if isinstance(values, (int, float)) else tuple(values)
     if len(values) != in_chans:
         raise ValueError(f"PatchEmbed: {name} must be a float or {in_chans} floats, got {values}")
+    if name == "std" and not all(value > 0 for value in values):
+        raise ValueError(f"PatchEmbed: std must be above 0, got {values}")
     return tuple(float(value) for value in values)
