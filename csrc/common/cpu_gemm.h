@@ -26,6 +26,16 @@ constexpr int kElements = 1;  // elements of K per unit
 template <>
 constexpr int kElements<Bf16Pair> = 2;
 
+// What a unit is made of when an operand is copied: bf16 for pairs, else fp32.
+template <class Unit>
+struct ElementOf {
+  using type = float;
+};
+template <>
+struct ElementOf<Bf16Pair> {
+  using type = BF16;
+};
+
 // The unit a product of T operands uses at this level; everything but bf16 with vdpbf16ps is
 // widened to fp32 while packing.
 template <class T>
@@ -195,8 +205,8 @@ void gemm(int64_t M, int64_t columns, int64_t K, const Unit* a, int64_t lda, con
   }
 }
 
-// --- packing
-// --------------------------------------------------------------------------------------------------------
+// ---- packing
+
 // A vector of kVec units from `n` elements at p (n <= 0: zeros; never reads past n).
 template <class Unit, class T>
 VK_INLINE Vec load_units(const T* p, int64_t n) {

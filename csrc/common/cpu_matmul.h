@@ -93,17 +93,7 @@ void matmul_block(int64_t rows, const BlockOfA<Unit>& a, const Unit* b, int64_t 
   }
 }
 
-// --- operands
-// ------------------------------------------------------------------------------------------------
-// What a unit is made of when an operand is copied: bf16 for pairs, else fp32.
-template <class Unit>
-struct ElementOf {
-  using type = float;
-};
-template <>
-struct ElementOf<Bf16Pair> {
-  using type = BF16;
-};
+// ---- operands
 
 // v as T reads it back, unless the store that follows rounds it anyway.
 template <class T, class Element>

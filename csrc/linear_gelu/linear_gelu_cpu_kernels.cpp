@@ -17,8 +17,8 @@ RowsIn rows_in(const MatrixArg& m) { return {m.data, m.stride, m.dtype}; }
 int64_t panels(int64_t columns) { return panels_of(vecs_of(columns)); }
 int64_t padded_columns(int64_t columns) { return round_up(columns, kVec); }
 
-// --- scratch
-// --------------------------------------------------------------------------------------
+// ---- scratch
+
 constexpr int64_t kLine = 64;
 
 template <class Unit>
@@ -51,8 +51,8 @@ int64_t pack_scratch_of(const ProductArgs& p) {
                               : p.K * columns * 4;
 }
 
-// --- products
-// -------------------------------------------------------------------------------------
+// ---- products
+
 template <class T>
 void pack_items(const ProductArgs& p, int64_t begin, int64_t end, void* scratch) {
   using Unit = typename UnitOf<T>::type;
@@ -167,9 +167,9 @@ void product_items(const ProductArgs& p, int64_t begin, int64_t end, void* scrat
   }
 }
 
-// --- few rows
-// ------------------------------------------------------------------------------------- Packing W
-// would cost more than the product: each row of W is read once where it lies, along K.
+// ---- few rows
+
+// Packing W would cost more than the product: each row of W is read once where it lies, along K.
 constexpr int kMaxFewRows = 4, kDotColumns = 4;
 
 template <class T, int kRows>
@@ -223,8 +223,8 @@ void few_rows(const ProductArgs& p, int64_t begin, int64_t end, void* scratch) {
   VK_SWITCH_FLOAT(p.dtype, few_rows_items<scalar_t>(p, begin, end, scratch));
 }
 
-// --- gradient of the activation
-// -------------------------------------------------------------------
+// ---- gradient of the activation
+
 template <Activation act, class T>
 void grad_row(const GradArgs& g, int64_t r) {
   const T* dy = at<const T>(g.dy, r, 0);
@@ -244,8 +244,8 @@ void grad_chunk(const GradArgs& g, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) VK_SWITCH_ACTIVATION(g.activation, grad_row<act, T>(g, r));
 }
 
-// --- table
-// ----------------------------------------------------------------------------------------
+// ---- table
+
 int64_t packed_bytes(const ProductArgs& p) {
   int64_t bytes = 0;
   VK_SWITCH_FLOAT(p.dtype, {

@@ -55,7 +55,8 @@ VK_INLINE void for_each_channel(const PatchEmbedArgs& a, Range lines, Body&& bod
   }
 }
 
-// --- sums over the batch
+// ---- sums over the batch
+
 template <class T>
 VK_INLINE const T* dtokens_row(const PatchEmbedArgs& a, int64_t b, int64_t token) {
   return static_cast<const T*>(a.dtokens.data) + b * a.dtokens.batch + token * a.dtokens.row;
@@ -105,7 +106,8 @@ inline void store_dbias(const PatchEmbedArgs& a) {
   store_floats(a.dbias_sum, a.D, a.dbias, 0);
 }
 
-// --- dweight
+// ---- dweight
+
 // dtokens of the patches of all images as units along the patches: row u holds unit u of every
 // embedding column.
 template <class Unit>
@@ -211,7 +213,8 @@ void dweight_items(const PatchEmbedArgs& a, int64_t begin, int64_t end, void* me
   }
 }
 
-// --- dimages
+// ---- dimages
+
 template <class Unit>
 int64_t packed_lines_units(const PatchEmbedArgs& a) {
   return line_blocks(a) * units_of<Unit>(a.D) * line_columns(a);

@@ -15,15 +15,6 @@ namespace {
 
 constexpr bool kBf16Pairs = kElements<UnitOf<BF16>::type> == 2;
 
-// Storage of one element of an operand of units.
-template <class Unit>
-struct ElementOf {
-  using type = Unit;
-};
-template <>
-struct ElementOf<Bf16Pair> {
-  using type = BF16;
-};
 template <class Unit>
 using Element = typename ElementOf<Unit>::type;
 
@@ -86,7 +77,8 @@ inline int64_t blocks_of_rows(int64_t rows, int64_t row_bytes) {
   return coarse >= kItems ? coarse : fine < kItems ? fine : kItems;
 }
 
-// --- pixels
+// ---- pixels
+
 VK_INLINE Vec load(const U8* p) {
 #if defined(__AVX512F__)
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -226,7 +218,8 @@ VK_INLINE void operand_rows(const PatchEmbedArgs& a, Range tokens, Range lines, 
   }
 }
 
-// --- parameters
+// ---- parameters
+
 // n values of any dtype as elements of an operand.
 template <class E>
 VK_INLINE void convert(DType dtype, const void* src, int64_t first, int64_t n, E* out) {
