@@ -103,10 +103,6 @@ OTHERS = {
 }
 
 
-# Triton's launchers are Python: a wrong mask fails by itself, an absent tensor has no gradient.
-CPU_ONLY = ("mask of", "absent", "gradient of uint8")
-
-
 def bad_calls():
     for op, good in GOOD.items():
         for name, value in good.items():
@@ -126,7 +122,6 @@ CALLS = [
     for backend in KERNELS
     for op, what, changes in bad_calls()
     if backend in available_for(op.rsplit("_", 1)[0])
-    if backend == "cpu" or not any(part in what for part in CPU_ONLY)
 ]
 
 

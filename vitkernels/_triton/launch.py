@@ -37,6 +37,17 @@ def check_like(
         fail(op, name, f"of shape {tuple(shape)} and dtype {names}", got)
 
 
+def check_wanted(
+    op: str, output_mask: Sequence[bool], inputs: dict[str, torch.Tensor | None]
+) -> None:
+    """Refuses a mask of another length, and a gradient that is wanted of an absent input."""
+    if len(output_mask) != len(inputs):
+        fail(op, "output_mask", f"of {len(inputs)} entries", len(output_mask))
+    for wanted, (name, tensor) in zip(output_mask, inputs.items(), strict=True):
+        if wanted and tensor is None:
+            fail(op, name, "given when output_mask asks for its gradient", None)
+
+
 def check_dropout(op: str, seed: torch.Tensor | None, p: float) -> None:
     if not 0.0 <= p < 1.0:
         fail(op, "dropout_p", "in [0, 1)", p)

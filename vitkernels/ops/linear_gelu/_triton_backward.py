@@ -15,6 +15,7 @@ import triton.language as tl
 from vitkernels._triton import (
     cdiv,
     check_like,
+    check_wanted,
     collapse_rows,
     multiprocessors,
     on_device,
@@ -102,11 +103,12 @@ def _launch_dh(dy, preactivation, activation, dh, dbias) -> None:
 def linear_gelu_bwd(dy, x, weight, bias, preactivation, activation, output_mask):
     op = "linear_gelu_bwd"
     check_linear(op, x, weight, bias, activation)
+    check_wanted(op, output_mask, {"x": x, "weight": weight, "bias": bias})
     (N, K), lead, dtype = weight.shape, x.shape[:-1], dy.dtype
     check_like(op, "dy", dy, (*lead, N))
     check_like(op, "preactivation", preactivation, (*lead, N), (dtype,))
     gradients = [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if m and t is not None else None
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if m else None
         for t, m in zip((x, weight, bias), output_mask, strict=True)
     ]
     dx, dweight, dbias = gradients

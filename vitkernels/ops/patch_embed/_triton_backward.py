@@ -18,6 +18,7 @@ from vitkernels._triton import (
     Tile,
     cdiv,
     check_like,
+    check_wanted,
     choose_tile,
     dot_dtype,
     multiprocessors,
@@ -308,14 +309,16 @@ def patch_embed_bwd(
 ):
     op = "patch_embed_bwd"
     tensors = (images, weight, bias, pos_embed, prefix_tokens)
+    names = ("images", "weight", "bias", "pos_embed", "prefix_tokens")
     sizes = check_patches(op, *tensors, mean, std)
+    check_wanted(op, output_mask, dict(zip(names, tensors, strict=True)))
+    if output_mask[0]:
+        check_like(op, "images whose gradient is wanted", images, images.shape)
     B, N, D, P = sizes.B, sizes.N, sizes.D, sizes.P
     check_like(op, "dtokens", dtokens, (B, P + N, D))
-    wanted = [m and t is not None for m, t in zip(output_mask, tensors, strict=True)]
-    wanted[0] = wanted[0] and images.dtype != torch.uint8
     gradients = [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if w else None
-        for t, w in zip(tensors, wanted, strict=True)
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if m else None
+        for t, m in zip(tensors, output_mask, strict=True)
     ]
     dimages, dweight, dbias, dpos, dprefix = gradients
     if B == 0:
