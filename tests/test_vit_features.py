@@ -262,7 +262,7 @@ def test_attention_rollout():
         ({"global_pool": "token", "class_token": False}, "needs class_token=True"),
         ({"pos_embed": "rope"}, "pos_embed must be"),
         ({"weight_init": "xavier"}, "weight_init must be"),
-        ({"depth": 0}, "depth must be at least 1"),
+        ({"depth": 0}, "depth must be a positive integer"),
         ({"num_heads": 5}, "dim must be a multiple of num_heads"),
         ({"patch_drop_rate": 1.0}, "prob must be in"),
         ({"norm_layer": "batchnorm"}, "norm_layer must be one of LayerNorm"),
@@ -292,3 +292,42 @@ def test_bad_calls():
         pair("average_pool")[1].reset_classifier(3, "token")
     with pytest.raises(ValueError, match="vit_SIZE_patchP_PIXELS"):
         FusedViT.named("resnet50")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"patch_size": 0},
+        {"img_size": 0},
+        {"img_size": (32, -1)},
+        {"embed_dim": 0},
+        {"num_heads": 0},
+        {"depth": 0},
+        {"drop_path_rate": 2.0},
+        {"drop_path_rate": -0.1},
+    ],
+    ids=str,
+)
+def test_impossible_sizes_get_one_sentence(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        FusedViT(**{"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 3, **settings})
+
+
+@pytest.mark.parametrize("change", ["activation", "num_heads"])
+def test_blocks_that_differ_are_refused(change):
+    source, _ = pair("class_token")
+    block = source.blocks[1]
+    if change == "num_heads":
+        block.attn.num_heads, block.attn.head_dim = 6, 32
+    else:
+        block.mlp.act = torch.nn.GELU("tanh")
+    with pytest.raises(ValueError, match="blocks differ"):
+        FusedViT.from_timm(source)
+
+
+def test_the_scale_of_each_attention_is_copied():
+    source, _ = pair("class_token")
+    source.blocks[1].attn.scale = 0.5
+    ours = FusedViT.from_timm(source)
+    assert [b.attn.scale for b in ours.blocks] == [b.attn.scale for b in source.blocks]

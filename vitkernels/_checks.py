@@ -84,8 +84,8 @@ def eps(op: str, value: object) -> None:
     )
 
 
-def dropout_p(op: str, value: object) -> None:
-    number(op, "dropout_p", value, low=0.0, high=1.0, expected="a probability in [0, 1)")
+def dropout_p(op: str, value: object, arg: str = "dropout_p") -> None:
+    number(op, arg, value, low=0.0, high=1.0, expected="a probability in [0, 1)")
 
 
 def positive_int(op: str, arg: str, value: object) -> None:

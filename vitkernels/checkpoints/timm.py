@@ -55,6 +55,8 @@ def vit_settings(source: nn.Module) -> dict:
         _expect(block.attn, "Attention", "attention")
         _expect(block.mlp, "Mlp", "MLP", "GluMlp")
     block, embed = source.blocks[0], source.patch_embed
+    if any(_shared_settings(other) != _shared_settings(block) for other in source.blocks):
+        _refuse("a model whose blocks differ in heads, activation or class")
     if getattr(block.attn, "gate", None) is not None:
         _refuse("gated attention")
     if embed.img_size is None:
@@ -101,6 +103,15 @@ def vit_settings(source: nn.Module) -> dict:
     }
 
 
+def _shared_settings(block: nn.Module) -> tuple:
+    """What one constructor argument says for all blocks, and no parameter's shape tells."""
+    act = block.mlp.act
+    return (
+        type(block), block.attn.num_heads, type(block.mlp),
+        type(act), getattr(act, "approximate", None),
+    )  # fmt: skip
+
+
 def _normalization(source: nn.Module) -> dict:
     """mean and std of timm's configuration of this model, where it has one."""
     config = getattr(source, "pretrained_cfg", None) or getattr(source, "default_cfg", None) or {}
@@ -115,7 +126,7 @@ def _normalization(source: nn.Module) -> dict:
 
 def copy_parameters(source: nn.Module, model: nn.Module) -> None:
     """Copies under the same names: dtype, device, requires_grad, each module's mode, the eps of
-    each norm and the rate of each dropout are kept."""
+    each norm, the rate of each dropout and the scale of each attention are kept."""
     state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
     model.load_state_dict(state, strict=True, assign=True)
     theirs = dict(source.named_parameters())
@@ -125,7 +136,7 @@ def copy_parameters(source: nn.Module, model: nn.Module) -> None:
     for name, module in model.named_modules():
         same = modules.get(name, source)
         module.training = same.training
-        for setting in ("eps", "p"):
+        for setting in ("eps", "p", "scale"):
             if hasattr(module, setting) and hasattr(same, setting):
                 setattr(module, setting, getattr(same, setting))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .._checks import dropout_p, positive_int
 from .._dispatch import autocast_dtype
 from ..nn import Block, LayerNorm, Linear, PatchDropout, PatchEmbed, Pending
 from ..nn.block import TOKEN_WISE, chainable, skips_rows
@@ -88,7 +89,9 @@ class FusedViT(Loaders, IntermediateFeatures, nn.Module):
         super().__init__()
         where = {"device": device, "dtype": dtype}
         _check_pool("FusedViT", global_pool, class_token)
-        _check_options(pos_embed, weight_init, depth)
+        _check_options(pos_embed, weight_init, drop_path_rate)
+        for name, size in (("embed_dim", embed_dim), ("depth", depth), ("num_heads", num_heads)):
+            positive_int("FusedViT", name, size)
         norm_layer = known("FusedViT", "norm_layer", norm_layer, LayerNorm)
         act_layer = known("FusedViT", "act_layer", act_layer, nn.GELU)
         block_fn = known("FusedViT", "block_fn", block_fn)
@@ -351,12 +354,11 @@ def _check_pool(owner: str, global_pool: str, class_token: bool) -> None:
         raise ValueError(f"{owner}: global_pool='token' needs class_token=True, got False")
 
 
-def _check_options(pos_embed: str, weight_init: str, depth: int) -> None:
+def _check_options(pos_embed: str, weight_init: str, drop_path_rate: float) -> None:
     if pos_embed not in ("", "none", "learn"):
         raise ValueError(f"FusedViT: pos_embed must be learn, none or '', got {pos_embed!r}")
     if weight_init not in (*SCHEMES, "skip"):
         raise ValueError(
             f"FusedViT: weight_init must be one of {SCHEMES} or skip, got {weight_init!r}"
         )
-    if depth < 1:
-        raise ValueError(f"FusedViT: depth must be at least 1, got {depth}")
+    dropout_p("FusedViT", drop_path_rate, "drop_path_rate")

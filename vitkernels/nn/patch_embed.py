@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import positive_int
 from .._dispatch import autocast_dtype
 from ..ops import patch_embed
 from .resample import resample_patch_embed
@@ -49,6 +50,9 @@ class PatchEmbed(nn.Module):
                 f"PatchEmbed: output_fmt must be NCHW, NHWC or None, got {output_fmt!r}"
             )
         where = {"device": device, "dtype": dtype}
+        for name, size in (("img_size", img_size), ("patch_size", patch_size)):
+            for side in pair(size):
+                positive_int("PatchEmbed", name, side)
         self.patch_size = pair(patch_size)
         self._set_grid(img_size)
         self.flatten = flatten and output_fmt is None
