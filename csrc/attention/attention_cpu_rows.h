@@ -1,5 +1,5 @@
-// What the forward and the backward of CPU attention share: the scores' additive terms and masks, row
-// helpers.
+// What the forward and the backward of CPU attention share: the scores' additive terms and masks,
+// row helpers.
 #pragma once
 
 #include "attention/attention_cpu.h"
