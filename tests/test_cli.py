@@ -141,7 +141,7 @@ def test_quick_demo_writes_the_whole_report(tmp_path):
     assert len(facts["agreement"]["fused"]) == facts["agreement"]["steps"]
     rows = json.loads((out / "timings.json").read_text())
     assert {(row["dtype"], row["contender"]) for row in rows} >= {
-        (dtype, contender) for dtype in ("fp32", "bf16") for contender in ("fused", "plain PyTorch")
+        (dtype, contender) for dtype in ("fp32", "bf16") for contender in ("fused", "stock PyTorch")
     }
     for row in rows:
         assert row["images_per_second"] > 0 and row["peak_mib"] > 0

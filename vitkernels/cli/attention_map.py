@@ -70,7 +70,8 @@ def run(options: argparse.Namespace) -> int:
 
     with whole_file(options.out) as building:
         draw(building, pixels, panels, f"{name}, {weights}", options.image.name)
-    print(f"{options.out}: {len(panels)} maps of {eye.preprocessing.describe()}")
+    maps = "1 map" if len(panels) == 1 else f"{len(panels)} maps"
+    print(f"{options.out}: {maps} of {eye.preprocessing.describe()}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""ViT-S/16 on photographs: fused, plain PyTorch and timm, in fp32 and bf16, timed side by side."""
+"""ViT-S/16 on photographs: fused, stock PyTorch and timm, in fp32 and bf16, timed side by side."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def measure(
         truth = float64_logits(name, model, x, seed)
         contenders: dict[str, tuple[str, nn.Module]] = {
             "fused": (backend, model),
-            "plain PyTorch": ("torch", model),
+            "stock PyTorch": ("torch", model),
         }
         twin, note = make_timm_twin(name, model)
         if twin is not None:
