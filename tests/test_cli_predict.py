@@ -248,7 +248,7 @@ def test_maps_are_drawn(tmp_path, capsys, options, maps, pool):
     status, said, err = run(
         capsys, "attention-map", image, "--out", out, "--weights", path, *options
     )
-    assert status == 0 and err == "" and f"{maps} maps" in said
+    assert status == 0 and err == "" and f"{maps} map" in said
     pixels = picture(out)
     assert min(pixels.shape[:2]) > 400 and pixels.std() > 10
     assert (pixels.max(-1) - pixels.min(-1)).max() > 60, "it has colours"
