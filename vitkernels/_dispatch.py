@@ -42,17 +42,15 @@ _forced: str | None = (
 # --- declaring raw operators ----------------------------------------------------------------------
 
 
-def declare(
-    name: str, schema: str, *, fake: Callable, reference: Callable, triton_module: str
-) -> None:
+def declare(name: str, schema: str, *, fake: Callable, reference: Callable) -> None:
     """Define `vitkernels::name` with its default overload and one overload per kernel backend.
 
-    schema: everything after the name, e.g. "(Tensor x) -> Tensor". `triton_module` is imported at
-    the first call of the Triton overload (importing triton costs 150 ms). C++ registers its own
-    overloads when its library is loaded.
+    schema: everything after the name, e.g. "(Tensor x) -> Tensor". The `_triton` module beside
+    the reference's is imported at the first call of the Triton overload (importing triton costs 150
+    ms). C++ registers its own overloads when its library is loaded.
     """
+    triton = _lazy(reference.__module__.rpartition(".")[0] + "._triton", name)
     reference = _without_autocast(reference)
-    triton = _lazy(triton_module, name)
     for overload in ("", *KERNEL_BACKENDS):
         qualified = f"{name}.{overload}" if overload else name
         _LIBRARY.define(qualified + schema)

@@ -275,7 +275,6 @@ declare(
     " -> (Tensor y, Tensor? new_residual, Tensor mean, Tensor rstd)",
     fake=_fake_add_layer_norm_fwd,
     reference=reference.add_layer_norm_fwd,
-    triton_module="vitkernels.ops.add_layer_norm._triton",
 )
 declare(
     "add_layer_norm_bwd",
@@ -285,7 +284,6 @@ declare(
     " -> (Tensor? dx, Tensor? dresidual, Tensor? dweight, Tensor? dbias, Tensor? dgamma)",
     fake=_fake_add_layer_norm_bwd,
     reference=reference.add_layer_norm_bwd,
-    triton_module="vitkernels.ops.add_layer_norm._triton",
 )
 declare(
     "layer_norm_add_fwd",
@@ -293,7 +291,6 @@ declare(
     " -> (Tensor out, Tensor mean, Tensor rstd)",
     fake=_fake_layer_norm_add_fwd,
     reference=reference.layer_norm_add_fwd,
-    triton_module="vitkernels.ops.add_layer_norm._triton",
 )
 declare(
     "layer_norm_add_bwd",
@@ -301,7 +298,6 @@ declare(
     " Tensor? row_scale, bool[] output_mask) -> (Tensor? dx, Tensor? dweight, Tensor? dbias)",
     fake=_fake_layer_norm_add_bwd,
     reference=reference.layer_norm_add_bwd,
-    triton_module="vitkernels.ops.add_layer_norm._triton",
 )
 
 

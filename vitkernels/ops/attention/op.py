@@ -292,14 +292,12 @@ def _fake_packed_bwd(
 
 
 _OPTIONS = "Tensor? bias, Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p"
-_TRITON = "vitkernels.ops.attention._triton"
 
 declare(
     "attention_fwd",
     f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     fake=_fake_attention_fwd,
     reference=reference.attention_fwd,
-    triton_module=_TRITON,
 )
 declare(
     "attention_bwd",
@@ -307,14 +305,12 @@ declare(
     " bool[] output_mask) -> (Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dbias)",
     fake=_fake_attention_bwd,
     reference=reference.attention_bwd,
-    triton_module=_TRITON,
 )
 declare(
     "attention_qkvpacked_fwd",
     f"(Tensor qkv, int num_heads, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     fake=_fake_packed_fwd,
     reference=reference.attention_qkvpacked_fwd,
-    triton_module=_TRITON,
 )
 declare(
     "attention_qkvpacked_bwd",
@@ -322,7 +318,6 @@ declare(
     " bool[] output_mask) -> (Tensor? dqkv, Tensor? dbias)",
     fake=_fake_packed_bwd,
     reference=reference.attention_qkvpacked_bwd,
-    triton_module=_TRITON,
 )
 
 

@@ -196,7 +196,6 @@ declare(
     " ScalarType out_dtype) -> (Tensor y, Tensor? preactivation)",
     fake=_fake_linear_gelu_fwd,
     reference=reference.linear_gelu_fwd,
-    triton_module="vitkernels.ops.linear_gelu._triton",
 )
 declare(
     "linear_gelu_bwd",
@@ -204,7 +203,6 @@ declare(
     " bool[] output_mask) -> (Tensor? dx, Tensor? dweight, Tensor? dbias)",
     fake=_fake_linear_gelu_bwd,
     reference=reference.linear_gelu_bwd,
-    triton_module="vitkernels.ops.linear_gelu._triton",
 )
 
 

@@ -200,7 +200,6 @@ declare(
     " Tensor? mean, Tensor? std, ScalarType out_dtype) -> Tensor tokens",
     fake=_fake_patch_embed_fwd,
     reference=reference.patch_embed_fwd,
-    triton_module="vitkernels.ops.patch_embed._triton",
 )
 declare(
     "patch_embed_bwd",
@@ -210,7 +209,6 @@ declare(
     " Tensor? dprefix_tokens)",
     fake=_fake_patch_embed_bwd,
     reference=reference.patch_embed_bwd,
-    triton_module="vitkernels.ops.patch_embed._triton",
 )
 
 
