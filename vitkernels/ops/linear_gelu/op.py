@@ -57,7 +57,7 @@ def linear_gelu(
         operands are rounded to y's dtype, and each gradient has its parameter's dtype.
         approximate: "none" (erf), "tanh", or "quick" (h * sigmoid(1.702 h), OpenAI CLIP).
         save_preactivation: False recomputes ``x weight^T + bias`` in the backward: one more
-        product for 1/5 less memory of the MLP.
+        product, and one tensor of y's size less to keep.
         backend: None or one of "cpu", "cuda", "triton", "torch", "reference"; see
         ``vitkernels.use_backend``.
 
