@@ -1,0 +1,3 @@
+from .op import BACKENDS, patch_merge_layer_norm
+
+__all__ = ["BACKENDS", "patch_merge_layer_norm"]

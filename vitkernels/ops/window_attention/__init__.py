@@ -1,0 +1,3 @@
+from .op import BACKENDS, window_attention
+
+__all__ = ["BACKENDS", "window_attention"]
