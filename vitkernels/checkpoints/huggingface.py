@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..nn import GELUTanh, LayerNorm, QuickGELU
 from .build import IMAGENET, build, one_sentence, warn_of_ignored
 from .files import read_folder
+from .vit_shapes import VIT
 
 MODELS = ("vit", "dinov2", "dinov2_with_registers")
 ACTIVATIONS = {
@@ -98,7 +99,7 @@ def from_state(
     hints["no_embed_class"] = "reg_token" in state
     dropout = hints.pop("hidden_dropout_prob", 0.0)
     model = build(
-        cls, loader, origin, state, {**hints, "global_pool": "token"}, overrides,
+        VIT, cls, loader, origin, state, {**hints, "global_pool": "token"}, overrides,
         keep_requires_grad=keep_requires_grad,
     )  # fmt: skip
     if dropout and "proj_drop_rate" not in overrides:

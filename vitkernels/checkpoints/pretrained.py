@@ -13,6 +13,7 @@ from ..nn import GELUTanh, LayerNorm, QuickGELU
 from . import huggingface, jax, torchvision
 from .build import BICUBIC, BILINEAR, IMAGENET, State, build, one_sentence, warn_of_ignored
 from .files import read_file, read_folder
+from .vit_shapes import VIT
 
 LOADER = "from_pretrained"
 
@@ -72,7 +73,7 @@ def _from_tensors(cls, origin: str, tensors: dict[str, Tensor], hints: dict, ove
         else:
             state, found = _original_names(tensors)
             hints = {**found, **hints}
-    return build(cls, LOADER, origin, state, hints, overrides, resampling=resampling)
+    return build(VIT, cls, LOADER, origin, state, hints, overrides, resampling=resampling)
 
 
 def source_of(origin: str, tensors: dict[str, Tensor]) -> str:

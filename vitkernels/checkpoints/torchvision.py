@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..nn import LayerNorm
 from .build import IMAGENET, build
+from .vit_shapes import VIT
 
 _OUTSIDE = {
     "class_token": "cls_token",
@@ -56,7 +57,7 @@ def vit_from_torchvision(cls, source: nn.Module, **kwargs):
         **IMAGENET,
     }
     state = timm_state(source.state_dict(keep_vars=True))
-    model = build(cls, loader, "the model", state, hints, kwargs, keep_requires_grad=True)
+    model = build(VIT, cls, loader, "the model", state, hints, kwargs, keep_requires_grad=True)
     return model.train(source.training)
 
 
