@@ -28,7 +28,7 @@ def read_file(loader: str, path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{loader}: {path.name} must end in {', '.join(_READERS)}, got {path.suffix!r}"
         )
-    tensors = _unwrap(read(loader, path))
+    tensors = unwrap(read(loader, path))
     if not tensors:
         raise ValueError(f"{loader}: {path.name} holds no tensors by name")
     return tensors
@@ -63,7 +63,7 @@ def _json(loader: str, path: Path) -> dict | None:
         raise ValueError(f"{loader}: {path.name} is not readable JSON: {error}") from error
 
 
-def _unwrap(tree: dict) -> dict[str, Tensor]:
+def unwrap(tree: dict) -> dict[str, Tensor]:
     for _ in range(3):
         inner = next((tree[key] for key in WRAPPERS if isinstance(tree.get(key), dict)), None)
         if inner is None:

@@ -19,6 +19,8 @@ from .files import read_folder
 from .vit_shapes import VIT
 
 MODELS = ("vit", "dinov2", "dinov2_with_registers")
+SWIN_MODELS = ("swin", "swinv2")
+KINDS = {"FusedViT": MODELS, "FusedSwin": SWIN_MODELS}
 ACTIVATIONS = {
     "gelu": nn.GELU,
     "gelu_python": nn.GELU,
@@ -68,11 +70,16 @@ _PARTS = {
 
 def vit_from_huggingface(cls, source: str | os.PathLike | nn.Module, **kwargs):
     """A FusedViT with the settings, and copies of the parameters, of transformers' model."""
+    return from_source(from_state, cls, source, "ViT or DINOv2", kwargs)
+
+
+def from_source(from_state, cls, source: str | os.PathLike | nn.Module, what: str, kwargs: dict):
+    """from_state(cls, loader, origin, configuration, tensors, kwargs) of a model or a folder."""
     loader = "from_huggingface"
     if isinstance(source, nn.Module):
         if not hasattr(source, "config") or not hasattr(source.config, "to_dict"):
             got = type(source).__name__
-            raise ValueError(f"{loader}: the model must be transformers' ViT or DINOv2, got {got}")
+            raise ValueError(f"{loader}: the model must be transformers' {what}, got {got}")
         model = from_state(
             cls, loader, type(source).__name__, source.config.to_dict(),
             source.state_dict(keep_vars=True), kwargs, keep_requires_grad=True,
@@ -122,15 +129,21 @@ def timm_state(loader: str, origin: str, tensors: dict[str, Tensor]) -> dict[str
             parts.setdefault((name, part[1]), {})[part[0]] = tensor
         else:
             state[name] = tensor
+    state |= joined(loader, origin, parts)
+    pooler = [key for key in ignored if "pooler." in key]
+    warn_of_ignored(loader, pooler, "pooler")
+    return merge_registers(state)
+
+
+def joined(loader: str, origin: str, parts: dict[tuple[str, int], dict[int, Tensor]]) -> dict:
+    """{(name, how many): {which: part}} -> {name: matrix}."""
     for (name, count), several in parts.items():
         if len(several) != count:
             raise ValueError(
                 f"{loader}: {origin} has {len(several)} of the {count} parts of {name}"
             )
-        state[name] = torch.cat([several[i] for i in range(count)])
-    pooler = [key for key in ignored if "pooler." in key]
-    warn_of_ignored(loader, pooler, "pooler")
-    return merge_registers(state)
+    return {name: torch.cat([several[i] for i in range(count)])
+            for (name, count), several in parts.items()}  # fmt: skip
 
 
 def merge_registers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -162,30 +175,41 @@ def _rename(key: str) -> tuple:
 
 def _hints(loader: str, origin: str, config: dict) -> dict:
     """What the configuration says beside shapes."""
+    check_kind(loader, origin, config, MODELS, "FusedViT")
+    hints = {
+        **shared_hints(loader, origin, config, ("num_attention_heads", "num_hidden_layers")),
+        "num_heads": config["num_attention_heads"],
+        "depth": config["num_hidden_layers"],
+        "pos_drop_rate": config.get("hidden_dropout_prob", 0.0),
+        "hidden_dropout_prob": config.get("hidden_dropout_prob", 0.0),
+        "attn_drop_rate": config.get("attention_probs_dropout_prob", 0.0),
+    }
+    hints = {**_of_kind(config["model_type"], config), **hints}
+    if config.get("use_swiglu_ffn"):  # the shapes tell it
+        del hints["act_layer"]
+    return hints
+
+
+def check_kind(loader: str, origin: str, config: dict, models: tuple[str, ...], name: str) -> None:
     kind = config.get("model_type")
-    if kind not in MODELS:
+    if kind not in models:
+        other = next((cls for cls, kinds in KINDS.items() if kind in kinds and cls != name), None)
+        use = f": use {other}" if other else ""
         raise ValueError(
-            f"{loader}: {origin}: model_type must be one of {', '.join(MODELS)}, got {kind!r}"
+            f"{loader}: {origin}: model_type must be one of {', '.join(models)}, got {kind!r}{use}"
         )
+
+
+def shared_hints(loader: str, origin: str, config: dict, needed: tuple[str, ...]) -> dict:
+    """What every configuration says beside shapes: activation, image size, normalisation."""
     act = config.get("hidden_act", "gelu")
     if act not in ACTIVATIONS:
         raise ValueError(
             f"{loader}: {origin}: hidden_act must be one of {', '.join(ACTIVATIONS)}, got {act!r}"
         )
-    missing = [k for k in ("num_attention_heads", "num_hidden_layers") if k not in config]
-    if missing:
+    if missing := [key for key in needed if key not in config]:
         raise ValueError(f"{loader}: {origin}: config.json does not have {' and '.join(missing)}")
-    hints = {
-        "num_heads": config["num_attention_heads"],
-        "depth": config["num_hidden_layers"],
-        "act_layer": ACTIVATIONS[act],
-        **_of_kind(kind, config),
-        "pos_drop_rate": config.get("hidden_dropout_prob", 0.0),
-        "hidden_dropout_prob": config.get("hidden_dropout_prob", 0.0),
-        "attn_drop_rate": config.get("attention_probs_dropout_prob", 0.0),
-    }
-    if config.get("use_swiglu_ffn"):  # the shapes tell it
-        del hints["act_layer"]
+    hints: dict = {"act_layer": ACTIVATIONS[act]}
     size = config.get("image_size", 224)
     hints["img_size"] = tuple(size) if isinstance(size, (list, tuple)) else size
     preprocessor = config.get("preprocessor", {})

@@ -18,10 +18,14 @@ from .vit_shapes import VIT
 LOADER = "from_pretrained"
 
 # What a checkpoint of another architecture has, and what it is.
+SWIN = (
+    r"^(backbone\.|swin\.|swinv2\.)?(encoder\.)?(layers|stages)\.\d+\.blocks\.\d+\.",
+    r"^features\.\d+\.\d+\.attn\.relative_position_(index|bias_table)$",
+)
+RESNET = (r"(^|\.)layer1\.0\.conv1\.weight", "a ResNet")
 _OTHERS = (
-    (r"^(backbone\.)?(layers|stages)\.\d+\.blocks\.\d+\.", "a Swin Transformer"),
-    (r"^swin\.|^swinv2\.", "a Swin Transformer"),
-    (r"(^|\.)layer1\.0\.conv1\.weight", "a ResNet"),
+    *((pattern, "a Swin Transformer") for pattern in SWIN),
+    RESNET,
     (r"^patch_embed\.backbone\.|^conv_root", "a hybrid (ResNet stem) Vision Transformer"),
     (r"(^|\.)(dist_token|distillation_token|head_dist\.weight)", "a distilled DeiT"),
     (r"^attn_pool\.", "a Vision Transformer with attention pooling"),
@@ -46,17 +50,23 @@ _ARCHITECTURES = (
 def vit_from_pretrained(cls, path: str | os.PathLike, **kwargs):
     """A FusedViT from a file, or from a folder as transformers and timm's hub write them."""
     path = Path(path)
-    if path.is_dir():
-        config, tensors = read_folder(LOADER, path)
-        if "model_type" in config:
-            return huggingface.from_state(cls, LOADER, path.name, config, tensors, kwargs)
-        if "architecture" not in config:
-            raise ValueError(
-                f"{LOADER}: {path.name}/config.json has neither model_type (transformers) nor"
-                " architecture (timm)"
-            )
-        return _from_tensors(cls, path.name, tensors, _timm_hints(config), kwargs)
-    return _from_tensors(cls, path.name, read_file(LOADER, path), {}, kwargs)
+    config, tensors = read(path)
+    if "model_type" in config:
+        return huggingface.from_state(cls, LOADER, path.name, config, tensors, kwargs)
+    return _from_tensors(cls, path.name, tensors, _timm_hints(config) if config else {}, kwargs)
+
+
+def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """(transformers' or timm's configuration, empty for a file; the tensors by name)."""
+    if not path.is_dir():
+        return {}, read_file(LOADER, path)
+    config, tensors = read_folder(LOADER, path)
+    if not {"model_type", "architecture"} & config.keys():
+        raise ValueError(
+            f"{LOADER}: {path.name}/config.json has neither model_type (transformers) nor"
+            " architecture (timm)"
+        )
+    return config, tensors
 
 
 def _from_tensors(cls, origin: str, tensors: dict[str, Tensor], hints: dict, overrides: dict):
@@ -78,9 +88,7 @@ def _from_tensors(cls, origin: str, tensors: dict[str, Tensor], hints: dict, ove
 
 def source_of(origin: str, tensors: dict[str, Tensor]) -> str:
     """timm (also the original DeiT's and DINOv2's), huggingface, torchvision or jax."""
-    for pattern, what in _OTHERS:
-        if any(re.search(pattern, key) for key in tensors):
-            raise ValueError(f"{LOADER}: {origin} is {what}, which FusedViT does not load")
+    refuse_others(origin, tensors, _OTHERS, "FusedViT", {"a Swin Transformer": "FusedSwin"})
     if jax.jax_prefix(tensors) is not None:
         return "jax"
     if "conv_proj.weight" in tensors:
@@ -94,6 +102,14 @@ def source_of(origin: str, tensors: dict[str, Tensor]) -> str:
         f"{LOADER}: {origin} must have the names of a Vision Transformer of timm, transformers,"
         f" torchvision or JAX, got {some}{' ...' if len(tensors) > 3 else ''}"
     )
+
+
+def refuse_others(origin: str, tensors, others, name: str, classes: dict[str, str]) -> None:
+    """One sentence for a checkpoint of another architecture, with the class that loads it."""
+    for pattern, what in others:
+        if any(re.search(pattern, key) for key in tensors):
+            use = f": use {classes[what]}.{LOADER}" if what in classes else ""
+            raise ValueError(f"{LOADER}: {origin} is {what}, which {name} does not load{use}")
 
 
 _ORIGINAL = re.compile(r"\.gamma_([12])$|\.mlp\.(w12|w3)\.")
@@ -121,14 +137,16 @@ def _original_names(tensors: dict[str, Tensor]) -> tuple[State, dict]:
 
 def _timm_hints(config: dict) -> dict:
     """timm's config.json: the normalisation and the model's own arguments."""
-    hints = {}
-    pretrained = config.get("pretrained_cfg", {})
-    for name in ("mean", "std"):
-        if pretrained.get(name) is not None:
-            hints[name] = tuple(pretrained[name])
+    hints = timm_normalization(config)
     if config.get("global_pool") in ("token", "avg", "max", "avgmax"):
         hints["global_pool"] = config["global_pool"]
     for pattern, settings in _ARCHITECTURES:
         if re.search(pattern, config["architecture"]):
             hints |= settings
     return {**hints, **config.get("model_args", {})}
+
+
+def timm_normalization(config: dict) -> dict:
+    pretrained = config.get("pretrained_cfg", {})
+    names = [name for name in ("mean", "std") if pretrained.get(name) is not None]
+    return {name: tuple(pretrained[name]) for name in names}

@@ -13,25 +13,29 @@ from torch import nn
 from ..nn import GluMlp, LayerNorm
 from ..nn.known import known
 
+NAME = "FusedViT"
+
 
 def vit_from_timm(cls, source: str | nn.Module, pretrained: bool = False, **kwargs):
     """A FusedViT with the settings, and copies of the parameters, of a timm VisionTransformer."""
-    if isinstance(source, str):
-        source = create_timm_model(source, pretrained, **kwargs)
-    elif pretrained or kwargs:
-        raise ValueError(
-            "from_timm: pretrained and timm's arguments need a model name, got a model"
-        )
+    source = source_model(source, pretrained, kwargs)
     model = cls(**vit_settings(source), weight_init="skip", device="meta")
     copy_parameters(source, model)
     for block, theirs in zip(model.blocks, source.blocks, strict=True):
-        for name in ("drop_path1", "drop_path2"):  # a schedule of its own
-            getattr(block, name).drop_prob = getattr(getattr(theirs, name), "drop_prob", 0.0)
+        copy_drop_paths(block, theirs)
     model.grad_checkpointing = source.grad_checkpointing
-    for name in ("pretrained_cfg", "default_cfg"):  # timm.data.resolve_data_config reads it
-        if hasattr(source, name):
-            setattr(model, name, copy.deepcopy(getattr(source, name)))
+    copy_configuration(source, model)
     return model
+
+
+def source_model(source: str | nn.Module, pretrained: bool, kwargs: dict) -> nn.Module:
+    if isinstance(source, str):
+        return create_timm_model(source, pretrained, **kwargs)
+    if pretrained or kwargs:
+        raise ValueError(
+            "from_timm: pretrained and timm's arguments need a model name, got a model"
+        )
+    return source
 
 
 def create_timm_model(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
@@ -46,21 +50,21 @@ def create_timm_model(name: str, pretrained: bool = False, **kwargs) -> nn.Modul
 
 def vit_settings(source: nn.Module) -> dict:
     """Constructor arguments that rebuild `source`; one sentence names what is not supported."""
-    _expect(source, "VisionTransformer", "model")
-    _expect(source.patch_embed, "PatchEmbed", "patch_embed")
+    expect(NAME, source, "VisionTransformer", "model")
+    expect(NAME, source.patch_embed, "PatchEmbed", "patch_embed")
     if source.attn_pool is not None:
-        _refuse("attention pooling (global_pool='map' or 'prr')")
+        refuse(NAME, "attention pooling (global_pool='map' or 'prr')")
     for block in source.blocks:
-        _expect(block, "Block", "block", "ResPostBlock")
-        _expect(block.attn, "Attention", "attention")
-        _expect(block.mlp, "Mlp", "MLP", "GluMlp")
+        expect(NAME, block, "Block", "block", "ResPostBlock")
+        expect(NAME, block.attn, "Attention", "attention")
+        expect(NAME, block.mlp, "Mlp", "MLP", "GluMlp")
     block, embed = source.blocks[0], source.patch_embed
     if any(_shared_settings(other) != _shared_settings(block) for other in source.blocks):
-        _refuse("a model whose blocks differ in heads, activation or class")
+        refuse(NAME, "a model whose blocks differ in heads, activation or class")
     if getattr(block.attn, "gate", None) is not None:
-        _refuse("gated attention")
+        refuse(NAME, "gated attention")
     if embed.img_size is None:
-        _refuse("a patch embedding without img_size")
+        refuse(NAME, "a patch embedding without img_size")
     pos_embed, after_pool = source.pos_embed, not isinstance(source.fc_norm, nn.Identity)
     return {
         "img_size": embed.img_size,
@@ -94,12 +98,12 @@ def vit_settings(source: nn.Module) -> dict:
         "patch_drop_rate": getattr(source.patch_drop, "prob", 0.0),
         "proj_drop_rate": block.attn.proj_drop.p,
         "attn_drop_rate": block.attn.attn_drop.p,
-        "embed_norm_layer": _norm_layer(embed.norm),
-        "norm_layer": _norm_layer(block.norm1),
-        "act_layer": _activation(block.mlp.act),
+        "embed_norm_layer": norm_layer(embed.norm),
+        "norm_layer": norm_layer(block.norm1),
+        "act_layer": activation(block.mlp.act),
         "mlp_layer": _mlp_layer(block.mlp),
         "block_fn": type(block).__name__,
-        **_normalization(source),
+        **normalization(source),
     }
 
 
@@ -112,7 +116,7 @@ def _shared_settings(block: nn.Module) -> tuple:
     )  # fmt: skip
 
 
-def _normalization(source: nn.Module) -> dict:
+def normalization(source: nn.Module) -> dict:
     """mean and std of timm's configuration of this model, where it has one."""
     config = getattr(source, "pretrained_cfg", None) or getattr(source, "default_cfg", None) or {}
     in_chans = source.patch_embed.proj.in_channels
@@ -141,7 +145,7 @@ def copy_parameters(source: nn.Module, model: nn.Module) -> None:
                 setattr(module, setting, getattr(same, setting))
 
 
-def _norm_layer(norm: nn.Module):
+def norm_layer(norm: nn.Module, model: str = NAME):
     """The class and settings of a LayerNorm, None for no norm."""
     if isinstance(norm, nn.Identity):
         return None
@@ -149,7 +153,7 @@ def _norm_layer(norm: nn.Module):
         "LayerNorm",
         "LayerNormFp32",
     ):
-        _refuse(f"the norm {type(norm).__name__}")
+        refuse(model, f"the norm {type(norm).__name__}")
     return functools.partial(LayerNorm, eps=norm.eps, affine=norm.elementwise_affine)
 
 
@@ -158,16 +162,29 @@ def _mlp_layer(mlp: nn.Module):
     return functools.partial(GluMlp, gate_last=mlp.gate_last) if gated else "Mlp"
 
 
-def _activation(act: nn.Module):
+def activation(act: nn.Module):
     if type(act) is nn.GELU:
         return functools.partial(nn.GELU, approximate=act.approximate)
     return known("from_timm", "act_layer", type(act))
 
 
-def _expect(module: nn.Module, name: str, role: str, *others: str) -> None:
+def copy_drop_paths(block: nn.Module, theirs: nn.Module) -> None:
+    """A schedule of its own."""
+    for name in ("drop_path1", "drop_path2"):
+        getattr(block, name).drop_prob = getattr(getattr(theirs, name), "drop_prob", 0.0)
+
+
+def copy_configuration(source: nn.Module, model: nn.Module) -> None:
+    """What timm.data.resolve_data_config reads."""
+    for name in ("pretrained_cfg", "default_cfg"):
+        if hasattr(source, name):
+            setattr(model, name, copy.deepcopy(getattr(source, name)))
+
+
+def expect(model: str, module: nn.Module, name: str, role: str, *others: str) -> None:
     if type(module).__name__ not in (name, *others):
-        _refuse(f"the {role} {type(module).__name__}")
+        refuse(model, f"the {role} {type(module).__name__}")
 
 
-def _refuse(what: str) -> None:
-    raise ValueError(f"from_timm: {what} is not supported by FusedViT")
+def refuse(model: str, what: str) -> None:
+    raise ValueError(f"from_timm: {what} is not supported by {model}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ SIZES = {
 
 
 class Loaders:
-    """Class methods of FusedViT that make a model.
+    """Class methods that make a model.
 
     Parameters are copied, the source is left untouched, and nothing is made from a checkpoint that
     does not fit: one sentence says what was expected and what came. From a model: dtype, device,
@@ -29,6 +30,14 @@ class Loaders:
     img_size, patch_size or in_chans resamples, another num_classes makes a fresh head; device and
     dtype move the result.
     """
+
+    def to_timm_state_dict(self) -> dict[str, Tensor]:
+        """The state_dict: its keys are timm's."""
+        return self.state_dict()
+
+
+class ViTLoaders(Loaders):
+    """Class methods of FusedViT that make a model: see Loaders."""
 
     @classmethod
     def from_timm(cls, model: str | nn.Module, pretrained: bool = False, **kwargs):
@@ -78,6 +87,52 @@ class Loaders:
         size = dict(zip(keys, SIZES[match[1]], strict=True))
         return cls(**{"img_size": int(match[3]), "patch_size": int(match[2]), **size, **kwargs})
 
-    def to_timm_state_dict(self) -> dict[str, Tensor]:
-        """The state_dict: its keys are timm's."""
-        return self.state_dict()
+
+class SwinLoaders(Loaders):
+    """Class methods of FusedSwin that make a model: see Loaders.
+
+    Off the window grid, at maps smaller than a window and at other image sizes sources differ:
+    window_clamp, pad_mode, always_partition and strict_img_size are set to what the source does.
+    """
+
+    @classmethod
+    def from_timm(cls, model: str | nn.Module, pretrained: bool = False, **kwargs):
+        """From a timm SwinTransformer or SwinTransformerV2, or the name of one (**kwargs go to
+        timm.create_model)."""
+        from ..checkpoints.swin_timm import swin_from_timm
+
+        return swin_from_timm(cls, model, pretrained, **kwargs)
+
+    @classmethod
+    def from_huggingface(cls, source: str | os.PathLike | nn.Module, **kwargs):
+        """From transformers' SwinModel, SwinForImageClassification, SwinBackbone, Swinv2Model or
+        Swinv2ForImageClassification, or from a folder with their config.json and weights."""
+        from ..checkpoints.swin_huggingface import swin_from_huggingface
+
+        return swin_from_huggingface(cls, source, **kwargs)
+
+    @classmethod
+    def from_torchvision(cls, model: nn.Module, **kwargs):
+        """From torchvision's SwinTransformer (swin_t, swin_s, swin_b, swin_v2_t and the others)."""
+        from ..checkpoints.swin_torchvision import swin_from_torchvision
+
+        return swin_from_torchvision(cls, model, **kwargs)
+
+    @classmethod
+    def from_microsoft(cls, state_dict: Mapping, **kwargs):
+        """From a state dict of Microsoft's Swin or Swin V2, also inside {"model": state_dict}."""
+        from ..checkpoints.swin_microsoft import swin_from_microsoft
+
+        return swin_from_microsoft(cls, state_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, **kwargs):
+        """From a local .safetensors, .pth, .pt or .bin file, or a folder with config.json.
+
+        The names in it tell whether timm, Microsoft, transformers, torchvision or OpenMMLab wrote
+        it. Windows come from the bias tables, of version 2 from stored coordinates (else name
+        window_size and img_size); the image is the one whose last map is one window.
+        """
+        from ..checkpoints.swin_pretrained import swin_from_pretrained
+
+        return swin_from_pretrained(cls, path, **kwargs)

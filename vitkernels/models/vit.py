@@ -24,13 +24,13 @@ from ..nn.resample import resample_pos_embed
 from ..nn.watched import keeps, plain, untouched
 from .init import SCHEMES, init_weights, trunc_normal_
 from .intermediates import IntermediateFeatures
-from .loaders import Loaders
+from .loaders import ViTLoaders
 from .maps import attention_maps
 
 POOLS = ("", "avg", "avgmax", "max", "token")
 
 
-class FusedViT(Loaders, IntermediateFeatures, nn.Module):
+class FusedViT(ViTLoaders, IntermediateFeatures, nn.Module):
     """Vision Transformer on fused kernels.
 
     Args: as timm's VisionTransformer. global_pool is "token", "avg", "avgmax", "max" or "".
