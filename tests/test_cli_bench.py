@@ -81,7 +81,7 @@ def test_no_ratio_for_another_function(capsys, monkeypatch, direction):
 
 def test_a_ratio_is_the_peers_best_time_over_ours():
     def entry(name, best, excess=0.5):
-        return race.Entry(name, best, 2 * best, best, 9, None, 0.0, excess)
+        return race.Entry(name, best, 2 * best, best, 9, None, None, 0.0, excess)
 
     case = race.Case(torch.float32, "forward")
     result = race.Result(case, 8, [entry("timm", 0.3), entry("vitkernels", 0.2)])
@@ -111,6 +111,34 @@ def test_peak_memory_is_what_was_held(mebibytes):
     found = memory.peak_bytes(call, torch.device("cpu")) / 2**20
     assert found == pytest.approx(1.5 * mebibytes, abs=4)
     assert memory.peak_bytes(lambda: None, torch.device("cpu")) < 2**20
+
+
+class Attn(torch.nn.Module):
+    """Keeps x, once, and the sigmoid of the product; not the weight, and no view of x again."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(5, 7))
+
+    def forward(self, x):
+        return (x @ self.weight.mT).sigmoid() * x.sum()
+
+
+def test_attention_memory_is_what_its_modules_keep():
+    model = torch.nn.Sequential(torch.nn.Linear(7, 7), torch.nn.ModuleDict({"attn": Attn()}))
+    x = torch.randn(11, 7)
+
+    def call():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model[1]["attn"](model[0](x).exp()).exp().sum().backward()
+
+    autocast = False
+    floats = 11 * 7 + 11 * 5 + 1  # x, the sigmoid, the sum
+    assert memory.saved_by_attention(model, call) == 4 * floats
+    autocast = True  # everything in 16 bits but exp, which gives x in fp32, too
+    kept = memory.saved_by_attention(model, call)
+    assert 2 * floats <= kept <= 6 * floats
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_no_high_water_mark_is_no_number(monkeypatch, tmp_path):

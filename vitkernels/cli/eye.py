@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..models import FusedViT
 from . import naming
 from .arguments import DEFAULT_MODEL, DTYPES
 from .images import Preprocessing, read_image
@@ -22,7 +21,7 @@ from .usage import UsageError, device_of
 class Eye:
     """A model in evaluation mode, and how images become its input."""
 
-    model: FusedViT
+    model: nn.Module
     preprocessing: Preprocessing
     device: torch.device
 

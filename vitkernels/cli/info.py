@@ -15,7 +15,11 @@ from .. import _dispatch, _native, ops
 from .._version import __version__
 
 # Facts of an ordinary call, for the limits of the BACKENDS tables.
-_SAMPLE_FACTS = {"attention": {"D": 64}, "attention_qkvpacked": {"D": 64}}
+_SAMPLE_FACTS = {
+    "attention": {"D": 64},
+    "attention_qkvpacked": {"D": 64},
+    "window_attention": {"D": 32, "N": 49},
+}
 
 
 def configure(commands) -> None:

@@ -1,35 +1,23 @@
-"""From a timm name to a FusedViT, with fresh weights or with those of a file."""
+"""From a timm name to a model of ours, with fresh weights or with those of a file."""
 
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
 from pathlib import Path
 
 from torch import nn
 
-from ..models import FusedViT
-from ..models.loaders import SIZES
+from .families import FAMILIES, Family, family_of, family_of_weights, plain_family
 from .timm_peer import import_timm
 from .usage import UsageError, check_input_file, one_line
 
-COMMON = [
-    f"vit_{size}_patch{patch}_{pixels}"
-    for size in SIZES
-    for patch, pixels in ((16, 224), (32, 224), (14, 224), (8, 224), (16, 384), (32, 384))
-]
-
-
-def is_plain(name: str) -> bool:
-    """Whether FusedViT knows the sizes of this name without timm."""
-    match = re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_(\d+)", name)
-    return match is not None and match[1] in SIZES and 0 < int(match[2]) <= int(match[3])
+COMMON = [name for family in FAMILIES for name in family.common]
 
 
 def check_name(name: str) -> None:
     """Refuse what is neither of our own names nor one of timm's, with the nearest ones."""
-    if is_plain(name):
+    if plain_family(name) is not None:
         return
     timm = import_timm()
     if timm is not None and timm.is_model(name):
@@ -41,21 +29,22 @@ def check_name(name: str) -> None:
     raise UsageError(f"--model: unknown model {name!r}: {hint}{more}")
 
 
-def make_model(name: str, **settings) -> FusedViT:
+def make_model(name: str, **settings) -> nn.Module:
     """With random weights; settings are those that timm.create_model takes too."""
     check_name(name)
+    family = plain_family(name)
     try:
-        if is_plain(name):
-            return _with_patches(FusedViT.named(name, **settings).eval())
+        if family is not None:
+            return _with_patches(family.model.named(name, **settings).eval())
     except ValueError as error:
         raise UsageError(f"--model {name}: {one_line(error)}") from error
     return from_timm_model(name, make_timm_model(name, **settings))
 
 
-def from_timm_model(name: str, model: nn.Module) -> FusedViT:
-    """Ours of timm's; one line names what FusedViT does not have."""
+def from_timm_model(name: str, model: nn.Module) -> nn.Module:
+    """Ours of timm's; one line names what our models do not have."""
     try:
-        return FusedViT.from_timm(model).eval()
+        return family_of(model).model.from_timm(model).eval()
     except ValueError as error:
         raise UsageError(f"--model {name}: {one_line(error)}") from error
 
@@ -77,8 +66,8 @@ def _with_patches(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_model(name: str | None, path: Path, **settings) -> FusedViT:
-    """A FusedViT with the weights of a file or folder, which say how many classes there are.
+def load_model(name: str | None, path: Path, **settings) -> nn.Module:
+    """A model with the weights of a file or folder, which say how many classes there are.
 
     name: the architecture to expect, and what shapes do not tell (heads, activation); None takes
     what the weights look like.
@@ -86,16 +75,18 @@ def load_model(name: str | None, path: Path, **settings) -> FusedViT:
     if not path.is_dir():
         check_input_file(path, "--weights")
     if name is None:
-        return _pretrained(path, **settings)
+        return _pretrained(family_of_weights(path), path, **settings)
     like = _skeleton(name, **settings)
+    family = family_of(like)
     size = {"img_size": like.patch_embed.img_size}
     try:
-        loaded = _pretrained(path, num_heads=like.blocks[0].attn.num_heads, **size)
+        loaded = _pretrained(family, path, **family.unwritten(like), **size)
     except UsageError:  # so many heads do not fit this width: then say which width it is
-        loaded = _pretrained(path, **size)
+        loaded = _pretrained(family, path, **size)
+    facts = zip(family.shape(loaded), family.shape(like), strict=True)
     differences = [
         f"{what} is {found} where {expected} is expected"
-        for (what, found), (_, expected) in zip(_shape(loaded), _shape(like), strict=True)
+        for (what, found), (_, expected) in facts
         if found != expected
     ]
     if differences:
@@ -103,7 +94,7 @@ def load_model(name: str | None, path: Path, **settings) -> FusedViT:
             f"--weights: {path} is not of --model {name} ({', '.join(differences)}): name its own "
             "model, or leave --model out"
         )
-    if is_plain(name):
+    if plain_family(name) is not None:
         return loaded
     settings |= {"num_classes": loaded.num_classes, "img_size": loaded.patch_embed.img_size}
     model = make_model(name, in_chans=loaded.in_chans, **settings)
@@ -114,11 +105,11 @@ def load_model(name: str | None, path: Path, **settings) -> FusedViT:
     return model
 
 
-def _pretrained(path: Path, **settings) -> FusedViT:
+def _pretrained(family: Family, path: Path, **settings) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch.load, about old files
-            return _with_patches(FusedViT.from_pretrained(path, **settings).eval())
+            return _with_patches(family.model.from_pretrained(path, **settings).eval())
     except RuntimeError as error:  # of the resampling
         raise UsageError(
             f"--image-size: the positions of {path} cannot be resampled to it "
@@ -130,19 +121,10 @@ def _pretrained(path: Path, **settings) -> FusedViT:
         ) from None
 
 
-def _skeleton(name: str, **settings) -> FusedViT:
+def _skeleton(name: str, **settings) -> nn.Module:
     """Of this name, to be compared with, not run."""
     check_name(name)
-    if is_plain(name):
-        return FusedViT.named(name, weight_init="skip", device="meta", **settings)
+    family = plain_family(name)
+    if family is not None:
+        return family.model.named(name, weight_init="skip", device="meta", **settings)
     return make_model(name, **settings)
-
-
-def _shape(model: FusedViT) -> tuple[tuple[str, object], ...]:
-    return (
-        ("the width", model.embed_dim),
-        ("the depth", len(model.blocks)),
-        ("the patch size", "x".join(map(str, model.patch_embed.patch_size))),
-        ("the MLP's width", model.blocks[0].mlp.fc1.out_features),
-        ("the number of register tokens", model.num_reg_tokens),
-    )

@@ -7,10 +7,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ..models import FusedViT
+from torch import nn
+
 from .arguments import CROP_MODES, INTERPOLATIONS
+from .families import plain_family
 from .images import Preprocessing
-from .naming import is_plain
 from .timm_peer import import_timm
 from .usage import UsageError
 
@@ -25,7 +26,7 @@ PILLOW_RESAMPLING = {
 
 
 def preprocessing(
-    options: argparse.Namespace, model: FusedViT, weights: Path | None
+    options: argparse.Namespace, model: nn.Module, weights: Path | None
 ) -> Preprocessing:
     """From the arguments, else from beside the weights, else timm's, else the usual."""
     found = _from_model(model) | (_beside(weights) or _from_timm(options.model))
@@ -55,7 +56,7 @@ def _spread(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
     return tuple(values) * in_chans if len(values) == 1 else tuple(values)
 
 
-def _from_model(model: FusedViT) -> dict:
+def _from_model(model: nn.Module) -> dict:
     """What the loader put into the model; timm crops nothing from 384 pixels on."""
     embed = model.patch_embed
     return {
@@ -94,7 +95,7 @@ def _beside(weights: Path | None) -> dict:
 
 def _from_timm(name: str | None) -> dict:
     """timm's record, for the models that timm itself had to build."""
-    if name is None or is_plain(name):
+    if name is None or plain_family(name) is not None:
         return {}
     timm = import_timm()
     facts = timm and timm.models.get_pretrained_cfg(name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -48,6 +50,23 @@ def need_timm(command: str):
             "'vitkernels[timm]' or pip install timm"
         )
     return timm
+
+
+@contextlib.contextmanager
+def fused_attention(level: int) -> Iterator[None]:
+    """What the environment variable TIMM_FUSED_ATTN sets, for the models made inside the block.
+
+    0: timm's own products and softmax; 1, its default: torch's SDPA where timm calls that tested;
+    2: also where it calls that experimental, such as Swin.
+    """
+    from timm.layers import set_fused_attn, use_fused_attn
+
+    before = use_fused_attn() + use_fused_attn(experimental=True)
+    set_fused_attn(level > 0, experimental=level > 1)
+    try:
+        yield
+    finally:
+        set_fused_attn(before > 0, experimental=before > 1)
 
 
 @functools.cache

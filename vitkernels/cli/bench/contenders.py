@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ... import use_backend
 from .. import naming
-from ..timm_peer import import_timm
+from ..timm_peer import fused_attention, import_timm
 
 OURS = "vitkernels"
+TIMM, TIMM_FUSED = "timm", "timm TIMM_FUSED_ATTN=2"
 LR = 1e-4  # of AdamW; small, so that a thousand steps leave the numbers ordinary
 
 
@@ -26,6 +27,10 @@ class Contender:
     backend: str
     autocast: torch.dtype | None = None
     optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def compiled(self) -> bool:
+        return isinstance(self.model, torch._dynamo.OptimizedModule)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         with torch.inference_mode(), use_backend(self.backend):
@@ -69,6 +74,7 @@ class Sources:
     yardstick: nn.Module
     yardstick_name: str  # "timm", or "plain PyTorch" where timm is not installed
     yardstick_backend: str
+    peers: dict[str, nn.Module] = dataclasses.field(default_factory=dict)  # more of them, by name
 
     @staticmethod
     def make(name: str, settings: dict, seed: int) -> Sources:
@@ -77,8 +83,10 @@ class Sources:
         if import_timm() is None:
             ours = naming.make_model(name, **settings)
             return Sources(ours, copy.deepcopy(ours), "plain PyTorch", "torch")
-        theirs = naming.make_timm_model(name, **settings)
-        return Sources(naming.from_timm_model(name, theirs), theirs, "timm", "auto")
+        with fused_attention(1):
+            theirs = naming.make_timm_model(name, **settings)
+        ours = naming.from_timm_model(name, theirs)
+        return Sources(ours, theirs, TIMM, "auto", _timm_fused(name, settings, theirs))
 
     def contenders(
         self, dtype: torch.dtype, train: bool, compiled: bool, backend: str, device: torch.device
@@ -98,6 +106,7 @@ class Sources:
         found = [
             contender(name, self.yardstick, on),
             contender(OURS, self.ours, backend),
+            *(contender(peer, model, "auto") for peer, model in self.peers.items()),
         ]
         if compiled:
             wrap = torch.compile
@@ -109,3 +118,17 @@ class Sources:
         on = "reference" if self.yardstick_backend == "torch" else "auto"
         model = copy.deepcopy(self.yardstick).to(device).double().train(train)
         return Contender("float64", model, on).results(x.double(), target, train)
+
+
+def _timm_fused(name: str, settings: dict, theirs: nn.Module) -> dict[str, nn.Module]:
+    """timm's model on SDPA with the same weights, where its switch makes a difference."""
+    with fused_attention(2):
+        fused = naming.make_timm_model(name, **settings)
+    if _on_sdpa(fused) == _on_sdpa(theirs):
+        return {}
+    fused.load_state_dict(theirs.state_dict())
+    return {TIMM_FUSED: fused}
+
+
+def _on_sdpa(model: nn.Module) -> list[bool]:
+    return [module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")]

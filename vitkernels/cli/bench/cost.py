@@ -1,4 +1,4 @@
-"""Multiplications, activations and parameters of a ViT, counted as timm's tables count them."""
+"""Multiplications, activations and parameters of a model, counted as timm's tables count them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,63 @@ class Cost:
 
 
 def cost_of(model: nn.Module) -> Cost:
-    """Of a FusedViT, at its own image size."""
+    """Of a FusedViT or a FusedSwin, at its own image size."""
+    macs, activations = _of_swin(model) if hasattr(model, "layers") else _of_vit(model)
+    return Cost(macs, activations, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _of_vit(model: nn.Module) -> tuple[int, int]:
     H, W = model.patch_embed.grid_size
     N, C = H * W + model.num_prefix_tokens, model.embed_dim
     macs = H * W * model.patch_embed.proj.weight.numel()
     activations = H * W * C
     for block in model.blocks:
-        attn, mlp = block.attn, block.mlp
-        for linear in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2):
-            macs += N * linear.weight.numel()
-            activations += N * linear.out_features
-        macs += 2 * N * N * attn.num_heads * attn.head_dim
-        activations += N * N * attn.num_heads + N * attn.num_heads * attn.head_dim
-    if isinstance(model.head, nn.Linear):
-        macs += model.head.weight.numel()
-        activations += model.head.out_features
+        of_block = _of_block(block, N, N)
+        macs, activations = macs + of_block[0], activations + of_block[1]
     norms = sum(isinstance(module, nn.LayerNorm) for module in model.modules())
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(macs + 5 * norms * N * C, activations, parameters)
+    of_head = _of_linears((model.head,), 1)
+    return macs + of_head[0] + 5 * norms * N * C, activations + of_head[1]
+
+
+def _of_swin(model: nn.Module) -> tuple[int, int]:
+    """Attention on the map as padded to whole windows; the position MLP of Swin V2 once a block."""
+    H, W = model.patch_embed.grid_size
+    macs, activations = H * W * model.patch_embed.proj.weight.numel(), H * W * model.embed_dim
+    macs += 5 * H * W * model.embed_dim * isinstance(model.patch_embed.norm, nn.LayerNorm)
+    for layer in model.layers:
+        parts = []
+        if isinstance(layer.downsample, nn.Module) and hasattr(layer.downsample, "reduction"):
+            H, W = (H + 1) // 2, (W + 1) // 2
+            parts.append(_of_linears((layer.downsample.reduction,), H * W))
+            parts.append((5 * H * W * layer.downsample.norm.weight.numel(), 0))
+        for block in layer.blocks:
+            (Wh, Ww), C = block.window_size, block.norm1.weight.numel()
+            padded = -(-H // Wh) * Wh * (-(-W // Ww) * Ww)
+            parts.append(_of_block(block, H * W, Wh * Ww, padded))
+            parts.append((2 * 5 * H * W * C, 0))
+            if hasattr(block.attn, "cpb_mlp"):
+                distances = (2 * Wh - 1) * (2 * Ww - 1)
+                linears = [m for m in block.attn.cpb_mlp if isinstance(m, nn.Linear)]
+                parts.append(_of_linears(linears, distances))
+        macs += sum(part[0] for part in parts)
+        activations += sum(part[1] for part in parts)
+    of_head = _of_linears((model.head.fc,), 1)
+    macs += of_head[0] + 5 * H * W * model.num_features
+    return macs, activations + of_head[1]
+
+
+def _of_block(block: nn.Module, N: int, keys: int, padded: int | None = None) -> tuple[int, int]:
+    """(macs, activations) of N tokens, each attending to `keys`, without the norms."""
+    attn, mlp = block.attn, block.mlp
+    width, n = attn.proj.in_features, N if padded is None else padded
+    of_attn = _of_linears((attn.qkv, attn.proj), n)
+    of_mlp = _of_linears((mlp.fc1, mlp.fc2), N)
+    macs = of_attn[0] + of_mlp[0] + 2 * n * keys * width
+    return macs, of_attn[1] + of_mlp[1] + n * (keys * attn.num_heads + width)
+
+
+def _of_linears(modules, N: int) -> tuple[int, int]:
+    """Of the Linears among these, on N tokens."""
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    macs = N * sum(linear.weight.numel() for linear in linears)
+    return macs, N * sum(linear.out_features for linear in linears)

@@ -17,7 +17,7 @@ from ..check import errors, excess
 from . import FORWARD, TRAIN
 from .contenders import OURS, Contender, Sources
 from .cost import cost_of
-from .memory import peak_bytes
+from .memory import peak_bytes, saved_by_attention
 
 LEAST_ROUNDS = 5
 SLACK_OF_PEERS = 2.0  # torch.compile may round elsewhere than eager: twice what ours may
@@ -79,6 +79,7 @@ class Entry:
     cpu: float  # seconds of processor time of all threads, the least of the rounds
     rounds: int
     peak: int | None  # bytes beyond what the model held
+    attention: int | None  # bytes that attention keeps for the backward; of eager training only
     error: float  # of the logits or the loss, relative to float64
     excess: float  # its worst error over what the error model allows: above 1 is another function
 
@@ -127,7 +128,7 @@ class Race:
     @property
     def steps(self) -> int:
         """How often run() says how far it is, over all cases."""
-        return len(list(self.cases())) * (3 + self.plan.compiled)
+        return len(list(self.cases())) * (3 + len(self.sources.peers) + self.plan.compiled)
 
     def run(self, case: Case, step: Callable[[str], None] = lambda text: None) -> Result:
         plan, train = self.plan, case.direction == TRAIN
@@ -146,6 +147,7 @@ class Race:
             found[contender.name] = errors(results, self.truths[case.direction])
             step(f"{case.title}: {contender.name} checked")
         calls = {c.name: _call(c, x, self.target, train) for c in everyone}
+        kept = {c.name: _attention(c, x, self.target) for c in everyone if train}
         peaks = {}
         for contender in everyone:
             calls[contender.name]()  # warm: the optimiser's state, caches of the libraries
@@ -153,10 +155,10 @@ class Race:
             peaks[contender.name] = peak_bytes(calls[contender.name], plan.device)
         samples = take_turns(calls, plan.seconds, plan.least_rounds, plan.device)
         step(f"{case.title}: timed")
-        entries = [self._entry(c, case, found, peaks, samples) for c in everyone]
+        entries = [self._entry(c, case, found, peaks, kept, samples) for c in everyone]
         return Result(case, plan.batch, entries)
 
-    def _entry(self, contender: Contender, case: Case, found, peaks, samples) -> Entry:
+    def _entry(self, contender: Contender, case: Case, found, peaks, kept, samples) -> Entry:
         mine, base = found[contender.name], found[self.sources.yardstick_name]
         slack = 1.0 if contender.name == OURS else SLACK_OF_PEERS
         times = samples[contender.name]
@@ -167,6 +169,7 @@ class Race:
             cpu=min(cpu for _, cpu in times),
             rounds=len(times),
             peak=peaks[contender.name],
+            attention=kept.get(contender.name),
             error=next(iter(mine.values())),
             excess=excess(case.dtype, mine, base) / slack,
         )
@@ -175,6 +178,15 @@ class Race:
 def _call(contender: Contender, x: Tensor, target: Tensor, train: bool) -> Callable[[], object]:
     run = contender.step if train else contender.forward
     return lambda: run(x, target)
+
+
+def _attention(contender: Contender, x: Tensor, target: Tensor) -> int | None:
+    """What attention keeps in a training step; None of a compiled model, which has no modules."""
+    if contender.compiled:
+        return None
+    kept = saved_by_attention(contender.model, lambda: contender.loss(x, target))
+    contender.model.zero_grad(set_to_none=True)
+    return kept
 
 
 def take_turns(

@@ -15,7 +15,7 @@ from ..._version import __version__
 from ..info import cpu_name
 from ..output import table as make_table
 from ..usage import whole_file
-from . import FORWARD, memory
+from . import FORWARD, TRAIN, memory
 from .contenders import OURS
 from .race import Race, Result
 
@@ -48,8 +48,10 @@ def headline(race: Race) -> str:
 
 
 def table(result: Result):
+    train = result.case.direction == TRAIN
     made = make_table(
-        "", "images/s", "median ms", "best ms", "CPU ms", "peak MiB", "error", "ratio", "by CPU",
+        "", "images/s", "median ms", "best ms", "CPU ms", "peak MiB",
+        *["attention MiB"] * train, "error", "ratio", "by CPU",
         title=result.case.title,
     )  # fmt: skip
     for entry in sorted(result.entries, key=lambda e: e.best):
@@ -62,7 +64,8 @@ def table(result: Result):
             f"{1e3 * entry.median:.1f}",
             f"{1e3 * entry.best:.1f}",
             f"{1e3 * entry.cpu:.1f}",
-            "-" if entry.peak is None else f"{entry.peak / 2**20:.0f}",
+            mebibytes(entry.peak),
+            *[mebibytes(entry.attention)] * train,
             f"{entry.error:.1e}",
             *(said if entry.name != OURS or entry.excess > 1 else ("", "")),
         )
@@ -73,11 +76,16 @@ def times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
+def mebibytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 2**20:.0f}"
+
+
 def footnote(race: Race) -> str:
     return (
         "ratio: the best time over ours, of alternating rounds; by CPU: the same of the processor "
         "time of all threads, which a busy machine disturbs less; peak: "
-        f"{memory.method(race.plan.device)}; error: of the logits, or of the loss where it trains, "
+        f"{memory.method(race.plan.device)}; attention: what its modules keep for the backward, of "
+        "that; error: of the logits, or of the loss where it trains, "
         f"relative to float64; load now {load()}"
     )
 

@@ -19,14 +19,20 @@ class Plan:
     epochs: int = 48
     peak_lr: float = 3e-3
     agreement_steps: int = 50
-    model: str = "vit_small_patch16_224"
+    models: tuple[str, ...] = ("vit_small_patch16_224",)
     batch: int = 8
     rounds: int = 20
-    budget_s: float = 9.0  # for each dtype
+    budget_s: float = 5.0  # for each model and dtype
 
 
 FULL = Plan()
-QUICK = Plan(epochs=3, agreement_steps=10, model="vit_tiny_patch16_224", batch=2, rounds=2)
+QUICK = Plan(
+    epochs=3,
+    agreement_steps=10,
+    models=("vit_tiny_patch16_224",),
+    batch=2,
+    rounds=2,
+)
 
 
 def configure(commands) -> None:

@@ -1,4 +1,4 @@
-"""ViT-S/16 on photographs: fused, stock PyTorch and timm, in fp32 and bf16, timed side by side."""
+"""Models on photographs: fused, stock PyTorch and timm, in fp32 and bf16, timed side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from ... import FusedViT, use_backend
+from ... import use_backend
+from .. import naming
 
 SIZE = 224
 CROPS_EACH = 4
@@ -24,6 +25,7 @@ CROPS_EACH = 4
 class Row:
     """One line of the table."""
 
+    model: str
     dtype: str
     contender: str
     backend: str
@@ -53,25 +55,28 @@ def square(photo: Tensor, where: float = 0.5) -> Tensor:
 
 
 def make_batch(photos: dict[str, Tensor], device: torch.device) -> Tensor:
-    """Eight views of the photographs: left, middle, right, and the middle at full resolution."""
+    """Eight views of the photographs, in [0, 1]: left, middle, right, and the middle at full
+    resolution."""
     views = []
     for photo in photos.values():
         views += [square(photo, where) for where in (0.0, 0.5, 1.0)]
         top, left = ((s - SIZE) // 2 for s in photo.shape[-2:])
         views.append(photo[:, top : top + SIZE, left : left + SIZE])
-    return normalised(torch.stack(views)).to(device)
+    return torch.stack(views).to(device)
 
 
-def normalised(images: Tensor) -> Tensor:
-    return (images - 0.5) / 0.5
+def normalised(images: Tensor, model: nn.Module) -> Tensor:
+    """As this model wants it."""
+    mean, std = (t.view(-1, 1, 1) for t in (model.patch_embed.mean, model.patch_embed.std))
+    return (images - mean) / std
 
 
-def make_model(name: str, seed: int, device: torch.device) -> FusedViT:
+def make_model(name: str, seed: int, device: torch.device) -> nn.Module:
     torch.manual_seed(seed)
-    return FusedViT.named(name).eval().to(device)
+    return naming.make_model(name).to(device)
 
 
-def make_timm_twin(name: str, model: FusedViT) -> tuple[nn.Module | None, str]:
+def make_timm_twin(name: str, model: nn.Module) -> tuple[nn.Module | None, str]:
     """timm's model with the same weights, or None and why not."""
     try:
         import timm
@@ -88,8 +93,9 @@ def measure(
     """Rows for fp32 and bf16; `step(text)` is called 2 * (rounds + 2) times at most."""
     rows, note = [], ""
     for dtype in (torch.float32, torch.bfloat16):
-        model = make_model(name, seed, images.device).to(dtype)
-        x = images.to(dtype)
+        model = make_model(name, seed, images.device)
+        x = normalised(images, model).to(dtype)
+        model.to(dtype)
         step("float64 truth")
         truth = float64_logits(name, model, x, seed)
         contenders: dict[str, tuple[str, nn.Module]] = {
@@ -99,18 +105,20 @@ def measure(
         twin, note = make_timm_twin(name, model)
         if twin is not None:
             contenders["timm"] = ("auto", twin)
-        rows += _race(contenders, x, truth, rounds, budget_s, step)
+        rows += _race(name, contenders, x, truth, rounds, budget_s, step)
     return rows, note
 
 
-def float64_logits(name: str, model: FusedViT, x: Tensor, seed: int) -> Tensor:
+def float64_logits(name: str, model: nn.Module, x: Tensor, seed: int) -> Tensor:
     exact = make_model(name, seed, torch.device("cpu")).double().to(x.device)
     exact.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
     with torch.inference_mode(), use_backend("reference"):
         return exact(x.double())
 
 
-def _race(contenders, x: Tensor, truth: Tensor, rounds: int, budget_s: float, step) -> list[Row]:
+def _race(
+    name: str, contenders, x: Tensor, truth: Tensor, rounds: int, budget_s: float, step: Callable
+) -> list[Row]:
     """Alternating rounds, so that a busy machine is unfair to all alike; the best time counts."""
     best = dict.fromkeys(contenders, float("inf"))
     logits, peaks = {}, {}
@@ -131,6 +139,7 @@ def _race(contenders, x: Tensor, truth: Tensor, rounds: int, budget_s: float, st
         difference = (logits[label].double() - truth).abs().max().item()
         rows.append(
             Row(
+                model=name,
                 dtype=_short(x.dtype),
                 contender=label,
                 backend="" if label == "timm" else backend,

@@ -73,6 +73,7 @@ def write_report(folder: Path, facts: dict, rows: list[Row]) -> None:
 
 def cells(row: Row) -> tuple[str, ...]:
     return (
+        row.model,
         row.dtype,
         f"fused ({row.backend})" if row.contender == "fused" else row.contender,
         f"{row.images_per_second:.1f}",
@@ -83,7 +84,7 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-HEADINGS = ("dtype", "model", "images/s", "ms", "peak MiB", "max diff", "relative")
+HEADINGS = ("model", "dtype", "on", "images/s", "ms", "peak MiB", "max diff", "relative")
 
 
 def _markdown(facts: dict, rows: list[Row]) -> str:
@@ -110,11 +111,11 @@ the reference in fp32 and in float64.
 
 ## Photographs
 
-{photos["model"]}, random weights, batch {photos["batch"]}, CPU threads: {photos["threads"]};
-best of alternating rounds. Peak MiB is what torch's allocator held during the call beyond the
-model and its input (on CPU from the profiler's events; what oneDNN takes by malloc is not in it).
-Differences are of the logits, against float64 with the same weights, and relative to the largest
-logit.
+{" and ".join(photos["models"])}, random weights, batch {photos["batch"]},
+CPU threads: {photos["threads"]}; best of alternating rounds. Peak MiB is what torch's allocator
+held during the call beyond the model and its input (on CPU from the profiler's events; what oneDNN
+takes by malloc is not in it). Differences are of the logits, against float64 with the same weights,
+and relative to the largest logit.
 
 {chr(10).join("| " + " | ".join(row) + " |" for row in table)}
 

@@ -83,13 +83,16 @@ class Demo:
 
     def time_photographs(self) -> None:
         plan = self.plan
-        self.say(f"3. Photographs: {plan.model}, batch {plan.batch}")
+        self.say(f"3. Photographs: {', '.join(plan.models)}, batch {plan.batch}")
         self.photographs = photos.load_photographs()
         images = photos.make_batch(self.photographs, self.device)[: plan.batch]
-        with bar(self.console, "rounds", 2 * (plan.rounds + 2)) as step:
-            rows, self.timm_note = photos.measure(
-                plan.model, images, self.forced, self.seed, plan.rounds, plan.budget_s, step
-            )
+        rows = []
+        with bar(self.console, "rounds", len(plan.models) * 2 * (plan.rounds + 2)) as step:
+            for model in plan.models:
+                found, self.timm_note = photos.measure(
+                    model, images, self.forced, self.seed, plan.rounds, plan.budget_s, step
+                )
+                rows += found
         self.rows = [
             dataclasses.replace(row, backend=self.backend) if row.contender == "fused" else row
             for row in rows
@@ -113,8 +116,8 @@ class Demo:
                 training.model,
                 self.digits,
                 photos.square(self.photographs["china"]),
-                photos.make_model(plan.model, self.seed, self.device),
-                plan.model,
+                photos.make_model(plan.models[0], self.seed, self.device),
+                plan.models[0],
             )
             report.write_timings(folder, self.rows)
             facts = self.facts()
@@ -159,7 +162,7 @@ class Demo:
                 "float64": found.float64,
             },
             "photographs": {
-                "model": plan.model,
+                "models": plan.models,
                 "batch": plan.batch,
                 "threads": self.photo_threads,
                 "timm": self.timm_note,
