@@ -4,13 +4,13 @@ from . import ops
 from ._dispatch import available_backends, use_backend
 from ._version import __version__
 
-__all__ = ["FusedViT", "__version__", "available_backends", "ops", "use_backend"]
+__all__ = ["FusedSwin", "FusedViT", "__version__", "available_backends", "ops", "use_backend"]
 
 
 def __getattr__(name: str):
     """The models are imported at first use, to keep the import of the operators short."""
-    if name == "FusedViT":
-        from .models import FusedViT
+    if name in ("FusedSwin", "FusedViT"):
+        from . import models
 
-        return FusedViT
+        return getattr(models, name)
     raise AttributeError(f"module 'vitkernels' has no attribute {name!r}")

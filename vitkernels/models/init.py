@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from ..nn.trunc_normal import trunc_normal_
+
 SCHEMES = ("", "reset", "jax", "jax_nlhb", "moco")
 
 
@@ -27,17 +29,6 @@ def init_weights(model: nn.Module, scheme: str, *, reset: bool) -> None:
             child.init_weights()
         elif reset and hasattr(child, "reset_parameters"):
             child.reset_parameters()
-
-
-@torch.no_grad()
-def trunc_normal_(tensor: torch.Tensor, std: float, low: float = -2.0, high: float = 2.0):
-    """Normal(0, std) truncated to [low, high] by the inverse CDF.
-
-    timm's draws: torch.nn.init.trunc_normal_ takes others since torch 2.13.
-    """
-    below, above = ((1.0 + math.erf(bound / std / math.sqrt(2.0))) / 2.0 for bound in (low, high))
-    tensor.uniform_(2 * below - 1, 2 * above - 1).erfinv_()
-    return tensor.mul_(std * math.sqrt(2.0)).clamp_(min=low, max=high)
 
 
 def _children_first(module: nn.Module, prefix: str):

@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from .._checks import dropout_p, positive_int
 from .._dispatch import autocast_dtype
 from ..nn import Block, LayerNorm, Linear, PatchDropout, PatchEmbed, Pending
-from ..nn.block import TOKEN_WISE, chainable, skips_rows
+from ..nn.block import TOKEN_WISE, skips_rows
 from ..nn.known import known
 from ..nn.mlp import Mlp
 from ..nn.patch_embed import pair
-from ..nn.pending import add, add_norm, fusable
+from ..nn.pending import add, add_norm, chainable, fusable
 from ..nn.resample import resample_pos_embed
 from ..nn.watched import keeps, plain, untouched
 from .init import SCHEMES, init_weights, trunc_normal_
@@ -205,7 +205,7 @@ class FusedViT(ViTLoaders, IntermediateFeatures, nn.Module):
         elif self.grad_checkpointing:  # Tensors between blocks: a Pending would save two
             for block in self.blocks:
                 x = checkpoint(block, x, use_reentrant=False)
-        elif chainable(self.blocks):
+        elif chainable(self.blocks, Block):
             return self._chained_features(x)
         else:
             x = self.blocks(x)
@@ -228,7 +228,7 @@ class FusedViT(ViTLoaders, IntermediateFeatures, nn.Module):
             self.global_pool == "token"
             and not self.grad_checkpointing
             and keeps(self, FusedViT, "forward_features", "forward_head", "pool")
-            and chainable(self.blocks)
+            and chainable(self.blocks, Block)
             and skips_rows(self.blocks[-1])
             and untouched(self.norm, *TOKEN_WISE)
         )

@@ -2,6 +2,7 @@
 
 from .attention import Attention
 from .block import Block
+from .classifier_head import ClassifierHead
 from .drop_path import DropPath
 from .glu_mlp import GluMlp
 from .layer_norm import LayerNorm
@@ -10,12 +11,19 @@ from .linear import Linear
 from .mlp import GELUTanh, Mlp, QuickGELU
 from .patch_dropout import PatchDropout
 from .patch_embed import PatchEmbed
+from .patch_merging import PatchMerging, PatchMergingV2
 from .pending import Pending
 from .res_post_block import ResPostBlock
+from .swin_block import SwinBlock
+from .swin_stage import SwinStage
+from .swin_v2_block import SwinV2Block
+from .window_attention import WindowAttention, WindowAttentionV2
+from .windows import Windows
 
 __all__ = [
     "Attention",
     "Block",
+    "ClassifierHead",
     "DropPath",
     "GELUTanh",
     "GluMlp",
@@ -25,7 +33,15 @@ __all__ = [
     "Mlp",
     "PatchDropout",
     "PatchEmbed",
+    "PatchMerging",
+    "PatchMergingV2",
     "Pending",
     "QuickGELU",
     "ResPostBlock",
+    "SwinBlock",
+    "SwinStage",
+    "SwinV2Block",
+    "WindowAttention",
+    "WindowAttentionV2",
+    "Windows",
 ]

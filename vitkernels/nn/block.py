@@ -17,7 +17,7 @@ from .layer_scale import LayerScale
 from .linear import Linear
 from .mlp import GELUTanh, Mlp, QuickGELU
 from .pending import Pending, add_norm, fusable
-from .watched import global_hooks, hooked, plain, untouched
+from .watched import plain, untouched
 
 
 class Block(nn.Module):
@@ -93,16 +93,6 @@ class Block(nn.Module):
             return Pending(stream, branch, gamma, self.drop_path2.row_scale(branch))
         stream = stream + self.drop_path2(self.ls2(branch))
         return Pending(stream) if isinstance(x, Pending) else stream
-
-
-def chainable(blocks: nn.Module) -> bool:
-    """Whether a Pending may travel through this Sequential of blocks: a hook sees only Tensors."""
-    return (
-        isinstance(blocks, nn.Sequential)
-        and not global_hooks()
-        and not hooked(blocks)
-        and all(type(block) is Block and not hooked(block) for block in blocks)
-    )
 
 
 # Modules that compute each token by itself, given the keys and values of all.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .drop_path import DropPath
 from .layer_norm import LayerNorm
 from .layer_scale import LayerScale
-from .watched import global_hooks, untouched
+from .watched import global_hooks, hooked, untouched
 
 
 class Pending(NamedTuple):
@@ -52,4 +52,21 @@ def fusable(*modules: nn.Module) -> bool:
     """Whether these may run as one operator: they are ours, and nobody hooks into what passes."""
     return not global_hooks() and all(
         untouched(module, LayerNorm, LayerScale, DropPath) for module in modules
+    )
+
+
+def left(stream: Tensor, branch: Tensor, drop_path: nn.Module) -> Pending:
+    """stream + drop_path(branch), the add left to what comes next where nobody looks between."""
+    if fusable(drop_path):
+        return Pending(stream, branch, None, drop_path.row_scale(branch))
+    return Pending(stream + drop_path(branch))
+
+
+def chainable(blocks: nn.Module, block_class: type[nn.Module]) -> bool:
+    """Whether a Pending may travel through this Sequential of blocks: a hook sees only Tensors."""
+    return (
+        isinstance(blocks, nn.Sequential)
+        and not global_hooks()
+        and not hooked(blocks)
+        and all(type(block) is block_class and not hooked(block) for block in blocks)
     )

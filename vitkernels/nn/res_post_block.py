@@ -70,11 +70,11 @@ class ResPostBlock(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         branch = self.attn(x, attn_mask=attn_mask, is_causal=is_causal)
-        x = _norm_add(branch, x, self.norm1, self.drop_path1)
-        return _norm_add(self.mlp(x), x, self.norm2, self.drop_path2)
+        x = norm_add(branch, x, self.norm1, self.drop_path1)
+        return norm_add(self.mlp(x), x, self.norm2, self.drop_path2)
 
 
-def _norm_add(branch: Tensor, x: Tensor, norm: nn.Module, drop_path: nn.Module) -> Tensor:
+def norm_add(branch: Tensor, x: Tensor, norm: nn.Module, drop_path: nn.Module) -> Tensor:
     """x + drop_path(norm(branch)), in one pass where nobody looks between."""
     if not fusable(norm, drop_path):
         return x + drop_path(norm(branch))
