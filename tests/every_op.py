@@ -9,6 +9,7 @@ from linear_gelu_problems import linear_gelu_problem, linear_problem
 from patch_embed_problems import patch_embed_problem
 from problems import Problem
 from torch.utils._python_dispatch import TorchDispatchMode
+from window_attention_problems import window_problem
 
 from vitkernels.testing import available_for
 
@@ -20,12 +21,13 @@ OPS = (
     "patch_embed",
     "linear_gelu",
     "linear",
+    "window_attention",
 )
 RAW = {op: op for op in OPS} | {"linear": "linear_gelu"}  # the raw operators' name
+FACTS = {"attention": {"D": 16}, "attention_qkvpacked": {"D": 16}}
+FACTS |= {"window_attention": {"D": 16, "N": 6}}
 OPS_AND_BACKENDS = [
-    (op, backend)
-    for op in OPS
-    for backend in available_for(op, **({"D": 16} if "att" in op else {}))
+    (op, backend) for op in OPS for backend in available_for(op, **FACTS.get(op, {}))
 ]
 KERNELS = [pair for pair in OPS_AND_BACKENDS if pair[1] != "torch"]
 
@@ -50,6 +52,10 @@ def small_problem(op: str, dtype=torch.float32, *, batch=2, dropout_p=0.0) -> Pr
         problem = linear_gelu_problem((batch, 5, 24), 40, dtype)
     elif op == "linear":
         problem = linear_problem((batch, 5, 24), 40, dtype)
+    elif op == "window_attention":
+        problem = window_problem(
+            (2, 3), (1, 2), dtype, B=batch, heads=2, cosine="timm", dropout_p=dropout_p
+        )
     else:
         problem = packed_problem(
             batch, 9, 2, 16, dtype, bias=(1, 2, 9, 9), dropout_p=dropout_p,

@@ -13,6 +13,7 @@ from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
 from linear_gelu_problems import APPROXIMATIONS, linear_gelu_problem, linear_problem
 from patch_embed_problems import IMAGE_LAYOUTS, MEAN, STD, UINT8, patch_embed_problem
 from problems import check
+from window_attention_problems import MAP_LAYOUTS, window_problem
 
 from vitkernels.testing import FLOATS, LAYOUTS, SIXTEEN_BIT
 
@@ -109,17 +110,42 @@ def draw_patch_embed(op, rng, small):
     return patch_embed_problem(grid, patch, D, images, dtype, **options)
 
 
+def draw_window_attention(op, rng, small):
+    window = rng.randint(1, 4 if small else 9), rng.randint(1, 4 if small else 9)
+    shift = tuple(rng.choice([0, rng.randrange(size)]) for size in window)
+    dtypes = [torch.float32 if small else rng.choice(FLOATS) for _ in range(3)]
+    options = {
+        "B": rng.randint(1, 3),
+        "windows": (rng.randint(1, 2 if small else 3), rng.randint(1, 2 if small else 4)),
+        "heads": rng.randint(1, 2 if small else 5),
+        "D": rng.choice([8, 16, 24, 32, 32, 48, 64, rng.randint(2, 70)]),
+        "table_dtype": dtypes[1],
+        "scale_dtype": dtypes[2],
+        "cosine": rng.choice([False, True, "timm"]),
+        "dropout_p": rng.choice([0.0, 0.0, 0.2]),
+        "autocast": rng.choice([None, None, None if small else rng.choice(SIXTEEN_BIT)]),
+        "seed": rng.randrange(2**20),
+    }
+    if small:
+        options["B"] = 1
+    if not options["cosine"]:
+        options["scale"] = rng.choice([None, None, 0.3])
+    return window_problem(window, shift, dtypes[0], **options)
+
+
 DRAW = {"attention": draw_attention, "attention_qkvpacked": draw_attention}
 DRAW |= {"add_layer_norm": draw_layer_norm, "layer_norm_add": draw_layer_norm}
 DRAW |= {"linear_gelu": draw_linear, "linear": draw_linear, "patch_embed": draw_patch_embed}
+DRAW |= {"window_attention": draw_window_attention}
+OWN_LAYOUTS = {"patch_embed": IMAGE_LAYOUTS, "window_attention": MAP_LAYOUTS}
 
 
 def run_one(op, backend, seed):
     rng = random.Random(f"{op} {seed}")
     problem = DRAW[op](op, rng, small=backend in ("triton", "cuda"))
     layout, incoming = rng.choice(LAYOUTS), rng.choice([None, "ones", "contiguous"])
-    if op == "patch_embed" and rng.random() < 0.4:
-        layout, incoming = rng.choice(IMAGE_LAYOUTS), incoming or "contiguous"
+    if op in OWN_LAYOUTS and rng.random() < 0.4:
+        layout, incoming = rng.choice(OWN_LAYOUTS[op]), incoming or "contiguous"
     tensors = {name: t for name, t in problem.inputs.items() if t is not None}
     names = [name for name, t in tensors.items() if t.is_floating_point()]
     wanted = tuple(rng.sample(names, rng.randint(1, len(names))))
