@@ -12,6 +12,7 @@ from every_op import OPS_AND_BACKENDS
 from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
 from linear_gelu_problems import APPROXIMATIONS, linear_gelu_problem, linear_problem
 from patch_embed_problems import UINT8, patch_embed_problem
+from patch_merge_problems import patch_merge_problem
 from problems import DTYPE_IDS, check
 
 from vitkernels import _native, testing
@@ -46,8 +47,18 @@ def problems(dtype):
             yield f"N{N} D{D} bias mask dropout", make(2, N, 2, D, dtype, **masked)
             yield f"N{N} D{D} bare", make(2, N, 2, D, dtype)
     yield "N50 Nk197 D64 bare", attention_problem(2, 50, 2, 64, dtype, Nk=197)
+    yield from merges(dtype)
     yield from products(dtype)
     yield from embeddings(dtype)
+
+
+def merges(dtype):
+    for C in (1, 7, 24, 96, 250):
+        yield f"5x6 C{C}", patch_merge_problem((2, 5, 6, C), dtype)
+        yield f"4x7 C{C} bare", patch_merge_problem((1, 4, 7, C), dtype, affine=())
+    if dtype != torch.float32:
+        wide = {"weight_dtype": torch.float32, "bias_dtype": torch.float32}
+        yield "3x4 C40 fp32 parameters", patch_merge_problem((2, 3, 4, 40), dtype, **wide)
 
 
 def products(dtype):

@@ -7,6 +7,7 @@ from attention_problems import attention_problem, packed_problem
 from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
 from linear_gelu_problems import linear_gelu_problem, linear_problem
 from patch_embed_problems import patch_embed_problem
+from patch_merge_problems import patch_merge_problem
 from problems import Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from window_attention_problems import window_problem
@@ -19,6 +20,7 @@ OPS = (
     "attention",
     "attention_qkvpacked",
     "patch_embed",
+    "patch_merge_layer_norm",
     "linear_gelu",
     "linear",
     "window_attention",
@@ -48,6 +50,8 @@ def small_problem(op: str, dtype=torch.float32, *, batch=2, dropout_p=0.0) -> Pr
         # Two channels and float images: nothing else is as long as a batch, and all get gradients.
         statistics = {"mean": torch.tensor([0.4, 0.5]), "std": torch.tensor([0.2, 0.3])}
         problem = patch_embed_problem((2, 3), 4, 24, dtype, dtype, B=batch, Cin=2, **statistics)
+    elif op == "patch_merge_layer_norm":
+        problem = patch_merge_problem((batch, 5, 4, 6), dtype)
     elif op == "linear_gelu":
         problem = linear_gelu_problem((batch, 5, 24), 40, dtype)
     elif op == "linear":

@@ -35,6 +35,9 @@ def good_arguments(op):
             "mean": torch.rand(3),
             "std": torch.rand(3),
         }
+    if op == "patch_merge_layer_norm":
+        parameters = {"weight": torch.randn(4 * C), "bias": torch.randn(4 * C)}
+        return {"x": torch.randn(B, N, 4, C), **parameters, "eps": 1e-5}
     if op in ("linear", "linear_gelu"):
         arguments = {"x": torch.randn(shape), "weight": torch.randn(D, C), "bias": torch.randn(D)}
         if op == "linear_gelu":
@@ -101,6 +104,7 @@ PATCH_EMBED_TENSORS = {
     "std": range(1),
 }
 LINEAR_TENSORS = {"weight": (1,), "bias": range(1)}
+PATCH_MERGE_TENSORS = {"weight": range(1), "bias": range(1)}
 
 
 def fixed_sizes(op):
@@ -109,6 +113,8 @@ def fixed_sizes(op):
         return LAYER_NORM_TENSORS
     if op in ("linear", "linear_gelu"):
         return LINEAR_TENSORS
+    if op == "patch_merge_layer_norm":
+        return PATCH_MERGE_TENSORS
     return PATCH_EMBED_TENSORS if op == "patch_embed" else ATTENTION_TENSORS
 
 
@@ -159,6 +165,9 @@ def special_cases(op, good):
     if op == "patch_embed":
         yield from patch_embed_cases(good)
         return
+    if op == "patch_merge_layer_norm":
+        yield from patch_merge_cases(good)
+        return
     if op in ("add_layer_norm", "layer_norm_add"):
         yield "x", "None", None
         yield "x", "no dimension", torch.tensor(1.0)
@@ -208,6 +217,24 @@ def linear_cases(good):
     yield "bias", "a number", 0.0
 
 
+def patch_merge_cases(good):
+    x = good["x"]
+    yield "x", "None", None
+    yield "x", "no dimension", torch.tensor(1.0)
+    yield "x", "tokens (B, N, C)", x.flatten(1, 2)
+    yield "x", "five dimensions", x[None]
+    yield "x", "H = 0", x[:, :0]
+    yield "x", "W = 0", x[:, :, :0]
+    yield "x", "C = 0", x[..., :0]
+    for name in ("weight", "bias"):
+        yield name, "of C values", torch.randn(C)
+        yield name, "of 2 * C values", torch.randn(2 * C)
+        yield name, "one number", torch.randn(1)
+        yield name, "a number", 1.0
+        yield name, "a row", torch.randn(1, 4 * C)
+        yield name, "of four rows", torch.randn(4, C)
+
+
 def patch_embed_cases(good):
     images, weight = good["images"], good["weight"]
     yield "images", "None", None
@@ -247,6 +274,7 @@ def patch_embed_cases(good):
 PUBLIC_OPS = (
     "add_layer_norm",
     "layer_norm_add",
+    "patch_merge_layer_norm",
     "attention",
     "attention_qkvpacked",
     "patch_embed",

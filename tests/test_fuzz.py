@@ -12,6 +12,7 @@ from every_op import OPS_AND_BACKENDS
 from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
 from linear_gelu_problems import APPROXIMATIONS, linear_gelu_problem, linear_problem
 from patch_embed_problems import IMAGE_LAYOUTS, MEAN, STD, UINT8, patch_embed_problem
+from patch_merge_problems import patch_merge_problem
 from problems import check
 from window_attention_problems import MAP_LAYOUTS, window_problem
 
@@ -133,11 +134,26 @@ def draw_window_attention(op, rng, small):
     return window_problem(window, shift, dtypes[0], **options)
 
 
+def draw_patch_merge(op, rng, small):
+    size = [rng.randint(1, limit) for limit in ((2, 5, 5) if small else (4, 15, 15))]
+    options = {
+        "weight_dtype": rng.choice(FLOATS),
+        "bias_dtype": rng.choice(FLOATS),
+        "affine": rng.choice([("weight", "bias"), ("weight",), ("bias",), ()]),
+        "autocast": rng.choice([None, None, None, *SIXTEEN_BIT]),
+        "eps": rng.choice([1e-6, 1e-5, 1e-3]),
+        "seed": rng.randrange(2**20),
+    }
+    channels = rng.randint(6, 40 if small else 300)
+    return patch_merge_problem((*size, channels), rng.choice(FLOATS), **options)
+
+
 DRAW = {"attention": draw_attention, "attention_qkvpacked": draw_attention}
 DRAW |= {"add_layer_norm": draw_layer_norm, "layer_norm_add": draw_layer_norm}
 DRAW |= {"linear_gelu": draw_linear, "linear": draw_linear, "patch_embed": draw_patch_embed}
 DRAW |= {"window_attention": draw_window_attention}
 OWN_LAYOUTS = {"patch_embed": IMAGE_LAYOUTS, "window_attention": MAP_LAYOUTS}
+DRAW["patch_merge_layer_norm"] = draw_patch_merge
 
 
 def run_one(op, backend, seed):
@@ -146,6 +162,8 @@ def run_one(op, backend, seed):
     layout, incoming = rng.choice(LAYOUTS), rng.choice([None, "ones", "contiguous"])
     if op in OWN_LAYOUTS and rng.random() < 0.4:
         layout, incoming = rng.choice(OWN_LAYOUTS[op]), incoming or "contiguous"
+    if op == "patch_merge_layer_norm" and problem.inputs["weight"] is None:
+        incoming = None if incoming == "ones" else incoming  # dx is 0 there, but for rounding
     tensors = {name: t for name, t in problem.inputs.items() if t is not None}
     names = [name for name, t in tensors.items() if t.is_floating_point()]
     wanted = tuple(rng.sample(names, rng.randint(1, len(names))))

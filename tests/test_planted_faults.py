@@ -11,6 +11,7 @@ from vitkernels.testing import as_tuple
 
 SLICES = {"add_layer_norm": "add_layer_norm", "layer_norm_add": "add_layer_norm"}
 SLICES |= {"attention": "attention", "attention_qkvpacked": "attention"}
+SLICES["patch_merge_layer_norm"] = "patch_merge"
 SLICES |= {"patch_embed": "patch_embed", "linear_gelu": "linear_gelu", "linear": "linear_gelu"}
 
 
@@ -93,6 +94,21 @@ FAULTS = {
     "dbias: with the prefix": ("patch_embed_bwd", change(2, lambda t: t + 0.1)),
     "dpos: of one sample": ("patch_embed_bwd", change(3, lambda t: t / 2)),
     "dprefix: missing": ("patch_embed_bwd", change(4, nothing)),
+    "merge: one value": ("patch_merge_layer_norm_fwd", change(0, add_to_one)),
+    "merge: bf16 inside": ("patch_merge_layer_norm_fwd", change(0, truncate)),
+    "merge: pixels in row order": (
+        "patch_merge_layer_norm_fwd",
+        change(0, lambda t: t.unflatten(3, (2, 2, -1)).transpose(3, 4).flatten(3)),
+    ),
+    "merge: input written": ("patch_merge_layer_norm_fwd", write_into_input),
+    "merge: rstd: wrong eps": ("patch_merge_layer_norm_fwd", change(2, lambda t: t * 1.0001)),
+    "merge: dx: columns swapped": ("patch_merge_layer_norm_bwd", change(0, lambda t: t.flip(2))),
+    "merge: dx: bf16 inside": ("patch_merge_layer_norm_bwd", change(0, truncate)),
+    "merge: dweight: missing": ("patch_merge_layer_norm_bwd", change(1, nothing)),
+    "merge: dbias: without the edge": (
+        "patch_merge_layer_norm_bwd",
+        change(2, lambda t: t * 0.9),
+    ),
     "gelu: one value": ("linear_gelu_fwd", change(0, add_to_one)),
     "gelu: bf16 inside": ("linear_gelu_fwd", change(0, truncate)),
     "gelu: another kind": ("linear_gelu_fwd", change(0, lambda t: t + 4e-4 * t.sign())),

@@ -130,6 +130,8 @@ def test_forward_mode_is_refused_not_dropped(backend):
     if backend in available_for("linear_gelu"):
         calls.append(lambda x: ops.linear_gelu(x, X[0], backend=backend))
         calls.append(lambda x: ops.linear(x, X[0], backend=backend))
+    if backend in available_for("patch_merge_layer_norm"):
+        calls.append(lambda x: ops.patch_merge_layer_norm(x[:, None], None, None, backend=backend))
     if backend in available_for("patch_embed"):
         weight = X[0, :2].view(2, 1, 4, 4)
         calls.append(lambda x: ops.patch_embed(x[:, None, :4], weight, backend=backend))

@@ -5,63 +5,17 @@
 #include <tuple>
 
 #include "add_layer_norm/add_layer_norm_cpu.h"
-#include "common/cpu_vec.h"
-#include "common/stable.h"
+#include "common/layer_norm_launch.h"
 
 namespace vitkernels {
 namespace {
 
-constexpr int64_t kForwardGrain = 1 << 15;  // elements a thread should have at least
-constexpr int64_t kChunkRows = 32;          // rows whose weight gradients are summed together...
-constexpr int64_t kMaxChunks = 256;         // ...unless that makes more partial sums than this
-
 const AddLayerNormTable& kernels() { return VK_PICK_TABLE(add_layer_norm); }
-
-RowsArg arg(const Rows& rows) { return {const_cast<void*>(rows.data), rows.stride, rows.dtype}; }
-
-RowsArg output(const Tensor& t, int64_t C, const char* op) {
-  return {t.mutable_data_ptr(), C, dtype_of(t, op, "output")};
-}
-
-RowsArg absent(DType dtype = DType::kF32) { return {nullptr, 0, dtype}; }
-
-struct FloatParameter {
-  OptTensor tensor;
-  std::vector<float> values;
-};
 
 struct Parameters {
   FloatParameter weight, bias, gamma, row_scale;
   OptTensor mean, rstd;
 };
-
-// A parameter of C values as contiguous fp32, or null. A few hundred values are converted here
-// faster than a dispatcher call; `owner` keeps what the pointer needs alive.
-const float* as_float(const OptTensor& t, int64_t C, const char* op, const char* name,
-                      FloatParameter* owner) {
-  if (!t.has_value()) return nullptr;
-  VK_CHECK(t->numel() == C, op, name, " must have ", C, " elements, got ", t->numel());
-  VK_CHECK(t->dim() == 1, op, name, " must have one dimension, got ", t->dim());
-  const bool dense = C <= 1 || t->stride(0) == 1;
-  owner->tensor = dense ? *t : torch::stable::contiguous(*t);
-  const void* data = owner->tensor->const_data_ptr();
-  if (t->scalar_type() == ScalarType::Float) return static_cast<const float*>(data);
-  owner->values.resize(static_cast<size_t>(C));
-  VK_SWITCH_FLOAT(dtype_of(*t, op, name), {
-    const scalar_t* source = static_cast<const scalar_t*>(data);
-    for (int64_t c = 0; c < C; ++c) owner->values[c] = to_float(source[c]);
-  });
-  return owner->values.data();
-}
-
-// The same for LayerNorm's weight and bias, which the kernels always read: an absent one is `value`
-// everywhere.
-const float* as_float_or(const OptTensor& t, float value, int64_t C, const char* op,
-                         const char* name, FloatParameter* owner) {
-  if (t.has_value()) return as_float(t, C, op, name, owner);
-  owner->values.assign(static_cast<size_t>(C), value);
-  return owner->values.data();
-}
 
 BranchArgs branch_args(const OptTensor& gamma, const OptTensor& row_scale, const OptTensor& seed,
                        double dropout_p, const Tensor& x, int64_t rows, const char* op,
@@ -92,59 +46,23 @@ std::vector<int64_t> rows_shape(const Tensor& x) {
   return shape;
 }
 
-// Saved statistics: one fp32 value a row.
-const float* statistics(const Tensor& t, int64_t rows, const char* op, const char* name,
-                        OptTensor* owner) {
-  VK_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == rows, op, name,
-           " must hold one float32 for each of the ", rows, " rows, got ", t.numel(), " values");
-  *owner = torch::stable::contiguous(t);
-  return static_cast<const float*>((*owner)->const_data_ptr());
-}
-
-// The gradient of a parameter of C values, in its dtype, or nothing.
-OptTensor parameter_grad(bool wanted, const OptTensor& parameter, int64_t C, const char* op,
-                         const char* name) {
-  if (!wanted) return std::nullopt;
-  VK_CHECK(parameter.has_value() && parameter->dim() == 1 && parameter->numel() == C, op, name,
-           " must be given with ", C, " values for its gradient");
-  return empty_like_shape(*parameter, {C}, parameter->scalar_type());
-}
-
 void run_forward(const NormForwardArgs& args, int64_t rows,
                  void (*kernel)(const NormForwardArgs&, int64_t, int64_t)) {
-  const int64_t grain = std::max<int64_t>(1, kForwardGrain / args.C);
-  torch::stable::parallel_for(0, rows, grain,
+  torch::stable::parallel_for(0, rows, rows_per_thread(args.C),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-// Runs the backward over fixed chunks of rows, each with its own sums, then adds the chunks up in
-// order. `outputs` are dweight, dbias and dgamma; absent ones are skipped.
-void run_backward(NormBackwardArgs args, int64_t rows, const Tensor& like,
+// `outputs` are dweight, dbias and dgamma.
+void run_backward(const NormBackwardArgs& args, int64_t rows, const Tensor& like,
                   const OptTensor (&outputs)[3], const char* op) {
-  const int64_t C = args.C;
-  const int64_t chunk = std::max(kChunkRows, (rows + kMaxChunks - 1) / kMaxChunks);
-  const int64_t chunks = (rows + chunk - 1) / chunk;
-  const Tensor partials = empty_like_shape(like, {3, chunks, C}, ScalarType::Float);
-  float* base = static_cast<float*>(partials.mutable_data_ptr());
-  const auto slot = [&](int which, int64_t i) -> float* {
-    return outputs[which].has_value() ? base + (which * chunks + i) * C : nullptr;
+  const auto chunk = [&](int64_t begin, int64_t end, float* const(&sums)[3]) {
+    NormBackwardArgs mine = args;
+    mine.dweight = sums[0];
+    mine.dbias = sums[1];
+    mine.dgamma = sums[2];
+    kernels().backward(mine, begin, end);
   };
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      NormBackwardArgs mine = args;
-      float** const sums[3] = {&mine.dweight, &mine.dbias, &mine.dgamma};
-      for (int which = 0; which < 3; ++which) {
-        *sums[which] = slot(which, i);
-        if (*sums[which] != nullptr) std::fill_n(*sums[which], C, 0.0f);
-      }
-      kernels().backward(mine, i * chunk, std::min(rows, (i + 1) * chunk));
-    }
-  });
-  for (int which = 0; which < 3; ++which) {
-    if (!outputs[which].has_value()) continue;
-    kernels().sum_partials(base + which * chunks * C, chunks, C, output(*outputs[which], C, op), 0,
-                           C);
-  }
+  sum_over_rows(rows, args.C, like, outputs, op, chunk, kernels().sum_partials);
 }
 
 std::tuple<Tensor, OptTensor, Tensor, Tensor> add_layer_norm_fwd(

@@ -19,13 +19,6 @@ struct BranchArgs {
   float dropout_scale;  // 1 / (1 - p); 0 switches dropout off
 };
 
-// A (rows, C) operand with unit column stride; data is null where the operand is absent.
-struct RowsArg {
-  void* data;
-  int64_t stride;  // in elements
-  DType dtype;
-};
-
 struct NormForwardArgs {
   RowsArg x, residual, y, z;   // z is new_residual; residual and z are absent for plain LayerNorm
   const float *weight, *bias;  // always present

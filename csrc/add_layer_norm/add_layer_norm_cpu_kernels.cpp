@@ -6,48 +6,21 @@
 // hides behind the loads. Statistics are two-pass in fp32. The order of every sum depends on C and
 // on the chunk of rows alone, never on threads.
 #include "add_layer_norm/add_layer_norm_cpu.h"
-#include "common/cpu_vec.h"
+#include "common/cpu_layer_norm.h"
 #include "common/philox.h"
 
 namespace vitkernels {
 namespace {
 
-constexpr int kUnroll =
-    4;  // independent accumulators of a row sum: hides the latency of the vector add
-// Rows that go through a pass together: while one row's sum, division and square root are on their
-// way, the next row's loads run (76 -> 57 ns a row at C = 384, bf16). Wide rows go alone, so that
-// the buffers stay in the L1 cache.
-constexpr int kRowBlock = 4;
-constexpr int64_t kRowBlockElements = 4096;
-
-// fp32 buffers for each row of a block: `a` and `b` hold what the next pass needs, `keep` the
-// dropout factors, `multiplier` those times gamma. Aligned to a cache line: a vector store across
-// two lines costs a tenth of the speed.
-struct Scratch {
-  explicit Scratch(int64_t C)
-      : size((C + kLine - 1) / kLine * kLine),
-        rows(C * kRowBlock <= kRowBlockElements ? kRowBlock : 1),
-        allocation(new float[4 * rows * size + kLine]),
-        memory(reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(allocation) + 63) &
-                                        ~uintptr_t{63})) {}
-  ~Scratch() { delete[] allocation; }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* a(int i) { return memory + i * size; }
-  float* b(int i) { return memory + (rows + i) * size; }
-  float* keep(int i) { return memory + (2 * rows + i) * size; }
-  float* multiplier(int i) { return memory + (3 * rows + i) * size; }
-  static constexpr int64_t kLine = 16;  // floats in a cache line
-  int64_t size;
-  int rows;
-  float* allocation;
-  float* memory;
+// `a` and `b` hold what the next pass needs, `keep` the dropout factors, `multiplier` those times
+// gamma.
+struct Scratch : RowBuffers<4> {
+  using RowBuffers::RowBuffers;
+  float* a(int i) { return at(0, i); }
+  float* b(int i) { return at(1, i); }
+  float* keep(int i) { return at(2, i); }
+  float* multiplier(int i) { return at(3, i); }
 };
-
-template <class T>
-VK_INLINE T* row_of(const RowsArg& arg, int64_t row) {
-  return static_cast<T*>(arg.data) + row * arg.stride;
-}
 
 VK_INLINE float scale_of(const float* row_scale, const BranchArgs& branch, int64_t row) {
   return row_scale == nullptr ? 1.0f : row_scale[row / branch.rows_per_sample];
@@ -65,39 +38,7 @@ VK_INLINE const float* multiplier_of(const BranchArgs& branch, int64_t row, int6
   return multiplier;
 }
 
-// Runs body(c, n, k) over the vectors of a row, k cycling through the accumulators.
-template <class Body>
-VK_INLINE void for_row(int64_t C, Body&& body) {
-  int64_t c = 0;
-  for (; c + kUnroll * kVec <= C; c += kUnroll * kVec)
-    for (int k = 0; k < kUnroll; ++k) body(c + k * kVec, kVec, k);
-  int k = 0;
-  for (; c + kVec <= C; c += kVec, ++k) body(c, kVec, k);
-  if (c < C) body(c, static_cast<int>(C - c), 0);
-}
-
-struct Sums {
-  Vec lane[kUnroll] = {};
-  VK_INLINE float total() const { return reduce_add((lane[0] + lane[1]) + (lane[2] + lane[3])); }
-};
-
-// Lanes at and beyond n of a last, partial vector must not enter a sum.
-VK_INLINE Vec first_n(Vec v, int n) {
-  if (n == kVec) return v;
-  float lanes[kVec];
-  store(lanes, v);
-  for (int i = n; i < kVec; ++i) lanes[i] = 0.0f;
-  return load(lanes);
-}
-
 // ---- forward
-
-// Lines that a later row will write: at 4 bytes an element the stores wait for them (225 -> 175 ns
-// a row of 384 out of cache); at 2 bytes they do not.
-template <class T>
-VK_INLINE void prefetch_output(const T* p) {
-  if (sizeof(T) == 4) __builtin_prefetch(p, 1);
-}
 
 using RowPass = float (*)(const NormForwardArgs&, int64_t row, float scale, const float* multiplier,
                           float* z);
@@ -152,31 +93,14 @@ float read_row(const NormForwardArgs& args, int64_t row, float, const float*, fl
   return sums.total();
 }
 
-VK_INLINE float reciprocal_std(const float* z, int64_t C, float mean, float eps) {
-  Sums squares;
-  const Vec centre = splat(mean);
-  for_row(C, [&](int64_t c, int n, int k) {
-    const Vec d = first_n(load(z + c) - centre, n);
-    squares.lane[k] = fma(d, d, squares.lane[k]);
-  });
-  return 1.0f / __builtin_sqrtf(squares.total() / static_cast<float>(C) + eps);
-}
-
 using WritePass = void (*)(const NormForwardArgs&, int64_t row, float scale, const float* z,
                            float mean, float rstd);
 
 template <class Y>
 void write_normalized(const NormForwardArgs& args, int64_t row, float, const float* z, float mean,
                       float rstd) {
-  Y* y = row_of<Y>(args.y, row);
-  const int64_t ahead = kRowBlock * args.y.stride;
-  const float *weight = args.weight, *bias = args.bias;
-  const Vec centre = splat(mean), factor = splat(rstd);
-  for_row(args.C, [=](int64_t c, int n, int) {
-    const Vec xhat = (load(z + c) - centre) * factor;
-    store_or(y + c, fma(xhat, load_or(weight + c, n), load_or(bias + c, n)), n);
-    prefetch_output(y + ahead + c);
-  });
+  normalize_row(row_of<Y>(args.y, row), kRowBlock * args.y.stride, args.C, args.weight, args.bias,
+                z, mean, rstd);
 }
 
 template <class R>
@@ -251,10 +175,6 @@ void post_forward(const NormForwardArgs& args, int64_t begin, int64_t end) {
 }
 
 // ---- backward
-
-struct RowMeans {
-  float wdy, wdy_xhat;  // mean(weight * dy) and mean(weight * dy * xhat)
-};
 
 // Both passes take kRows rows at once: the weight gradients, read and written for every vector,
 // then cross the L1 cache once for all of them. That many short streams escape the hardware
@@ -410,21 +330,6 @@ void backward(const NormBackwardArgs& args, int64_t begin, int64_t end) {
   Scratch scratch(args.C);
   if (scratch.rows == kRowBlock) begin = backward_blocks<kRowBlock>(args, begin, end, scratch);
   backward_blocks<1>(args, begin, end, scratch);
-}
-
-void sum_partials(const float* partials, int64_t count, int64_t C, RowsArg out, int64_t begin,
-                  int64_t end) {
-  for (int64_t c = begin; c < end; c += kVec) {
-    const int n = end - c < kVec ? static_cast<int>(end - c) : kVec;
-    Vec total{}, lost{};  // Kahan: the number of chunks does not show in the result
-    for (int64_t i = 0; i < count; ++i) {
-      const Vec term = load_or(partials + i * C + c, n) - lost;
-      const Vec next = total + term;
-      lost = (next - total) - term;
-      total = next;
-    }
-    VK_SWITCH_FLOAT(out.dtype, store_or(static_cast<scalar_t*>(out.data) + c, total, n));
-  }
 }
 
 }  // namespace

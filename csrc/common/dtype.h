@@ -1,4 +1,5 @@
-// Element types as the kernels see them: a tag for run-time switches and two storage structs.
+// Element types and operands as the kernels see them: a tag for run-time switches, two storage
+// structs, rows.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +19,13 @@ struct F16 {
 constexpr int64_t size_of(DType dtype) {
   return dtype == DType::kF32 ? 4 : dtype == DType::kBool ? 1 : 2;
 }
+
+// A (rows, C) operand with unit column stride; data is null where the operand is absent.
+struct RowsArg {
+  void* data;
+  int64_t stride;  // in elements
+  DType dtype;
+};
 
 }  // namespace vitkernels
 
