@@ -80,13 +80,20 @@ def from_state(
     if version == 2 and config and not overrides.keys() & {"img_size", "window_size"}:
         _check_windows(loader, origin, model, config)
     warn_of_ignored(loader, ignored, "norm after the earlier stages", NAME)
-    if "norm_layer" not in overrides:
-        for norm in [model.patch_embed.norm] + [
-            stage.downsample.norm for stage in model.layers[1:]
-        ]:
-            norm.eps = EPS
-    model.patch_embed.dynamic_img_pad = True
+    _as_transformers(model, config, overrides)
     return model
+
+
+def _as_transformers(model: nn.Module, config: dict, overrides: dict) -> None:
+    """What no constructor argument says."""
+    model.patch_embed.dynamic_img_pad = True
+    if "norm_layer" not in overrides:
+        for norm in (model.patch_embed.norm, *(s.downsample.norm for s in model.layers[1:])):
+            norm.eps = EPS
+    if model.version == 2 and "proj_drop_rate" not in overrides:  # Swinv2SelfOutput
+        for stage in model.layers:
+            for block in stage.blocks:
+                block.attn.proj_drop.p = config.get("attention_probs_dropout_prob", 0.0)
 
 
 def timm_state(loader: str, origin: str, tensors: State) -> tuple[State, list[str]]:

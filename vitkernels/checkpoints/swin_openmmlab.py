@@ -29,6 +29,7 @@ def from_state(cls, loader: str, origin: str, tensors: dict[str, Tensor], overri
         hints = {**hints_from_buffers(buffers), "strict_img_size": False}
     hints |= {"always_partition": True} if norms else {"window_clamp": "min"}
     model = build(SWIN, cls, loader, origin, state, hints, overrides)
+    model.patch_embed.dynamic_img_pad = True
     warn_of_ignored(loader, norms, "norm after the earlier stages", NAME)
     warn_of_ignored(loader, others, "such part", NAME)
     return model

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
 from torch import Tensor
 
+from ..models.swin_names import swin_settings
 from . import swin_huggingface, swin_microsoft, swin_openmmlab, swin_torchvision
 from .build import State, build, one_sentence
 from .pretrained import LOADER, RESNET, read, refuse_others, timm_normalization
@@ -30,9 +32,6 @@ _OTHERS = (
     (r"\.attn\.(qkv_moe|moe)|\.mlp\._moe_layer\.", "a mixture-of-experts Swin Transformer"),
     RESNET,
 )
-
-# timm's names of architectures: window 8 at 256 pixels, pre-trained with window 12 at 192.
-_ARCHITECTURE = re.compile(r"^swinv2_\w+?_window(\d+)(?:to(\d+))?_(\d+)(?:to(\d+))?")
 
 
 def swin_from_pretrained(cls, path: str | os.PathLike, **kwargs):
@@ -91,11 +90,8 @@ def _timm_hints(config: dict) -> dict:
         hints["img_size"] = tuple(size[-2:])
     if config.get("global_pool") in ("avg", "max", "avgmax"):
         hints["global_pool"] = config["global_pool"]
-    if match := _ARCHITECTURE.match(config["architecture"]):
-        first, then, pixels, later = match.groups()
-        hints["window_size"] = int(then or first)
-        hints.setdefault("img_size", int(later or pixels))
-        if then:
-            last = int(pixels) // 32  # the last map of pre-training was one smaller window
-            hints["pretrained_window_sizes"] = (int(first),) * 3 + (min(int(first), last),)
+    with contextlib.suppress(ValueError):  # a name of somebody's own
+        named = swin_settings(config["architecture"])
+        told = ("img_size", "window_size", "pretrained_window_sizes")
+        hints = {**{name: named[name] for name in told if name in named}, **hints}
     return {**hints, **config.get("model_args", {})}

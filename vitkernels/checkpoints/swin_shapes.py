@@ -9,7 +9,7 @@ import re
 from torch import Tensor, nn
 
 from ..nn.resample import resample_bias_table, resample_patch_embed
-from .build import IMAGENET, Family, State, channels, need
+from .build import Family, State, channels, need
 
 NAME = "FusedSwin"
 TABLE = "attn.relative_position_bias_table"
@@ -52,7 +52,7 @@ def settings_from_shapes(loader: str, origin: str, state: State, known: dict) ->
         "embed_dim": width if doubling else tuple(widths),
         "depths": depths,
         "num_heads": tuple(heads),
-        "mlp_ratio": (hidden[-1] + 0.5) / widths[-1],  # survives int(width * ratio)
+        "mlp_ratio": mlp_ratio(hidden, widths),
         "qkv_bias": qkv_bias,
         "version": version,
     }
@@ -60,9 +60,14 @@ def settings_from_shapes(loader: str, origin: str, state: State, known: dict) ->
         inner = [want(block + "attn.proj.weight", 2).shape[1] for block in blocks]
         if inner != widths:
             settings["head_dim"] = tuple(i // h for i, h in zip(inner, heads, strict=True))
-    if known.get("in_chans", in_chans) != 3:  # ImageNet's colours, averaged
-        settings |= {name: sum(values) / 3 for name, values in IMAGENET.items()}
     return settings | _sizes(loader, origin, state, known, blocks, patch, version)
+
+
+def mlp_ratio(hidden: list[int], widths) -> float | tuple[float, ...]:
+    """One where it is one, else one for each stage; each survives int(width * ratio)."""
+    ratios = tuple((h + 0.5) / w for h, w in zip(hidden, widths, strict=True))
+    same = all(h == int(w * ratios[-1]) for h, w in zip(hidden, widths, strict=True))
+    return ratios[-1] if same else ratios
 
 
 def _refuse_positions(loader: str, origin: str, state: State) -> None:

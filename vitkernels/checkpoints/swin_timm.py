@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from . import timm
-from .swin_shapes import NAME
+from .swin_shapes import NAME, mlp_ratio
 
 # timm rolls the map, then pads it, and fixes window and shift when it is made.
 RULES = {"pad_mode": "timm", "window_clamp": "axis"}
@@ -20,6 +20,7 @@ def swin_from_timm(cls, source: str | nn.Module, pretrained: bool = False, **kwa
     for stage, their_stage in zip(model.layers, source.layers, strict=True):
         for block, theirs in zip(stage.blocks, their_stage.blocks, strict=True):
             _check_block(block, theirs)
+            block.target_shift_size = theirs.target_shift_size  # what set_input_size may restore
             timm.copy_drop_paths(block, theirs)
         stage.grad_checkpointing = their_stage.grad_checkpointing
     for name in ("_ref_window_sizes", "_ref_grid_size"):  # what set_input_size scales
@@ -46,9 +47,6 @@ def swin_settings(source: nn.Module) -> dict:
     first = [stage.blocks[0] for stage in source.layers]
     widths = tuple(b.mlp.fc1.in_features for b in first)
     heads = tuple(b.attn.num_heads for b in first)
-    hidden = [b.mlp.fc1.out_features for b in first]
-    if any(h * widths[-1] != hidden[-1] * w for h, w in zip(hidden, widths, strict=True)):
-        timm.refuse(NAME, "a model whose stages differ in mlp_ratio")
     settings = {
         "img_size": embed.img_size,
         "patch_size": embed.patch_size,
@@ -61,7 +59,7 @@ def swin_settings(source: nn.Module) -> dict:
         "window_size": tuple(tuple(b.window_size) for b in first),
         "always_partition": block.always_partition,
         "strict_img_size": embed.strict_img_size,
-        "mlp_ratio": (hidden[-1] + 0.5) / widths[-1],  # survives int(width * ratio)
+        "mlp_ratio": mlp_ratio([b.mlp.fc1.out_features for b in first], widths),
         "drop_rate": source.head.drop.p,
         "proj_drop_rate": block.attn.proj_drop.p,
         "attn_drop_rate": block.attn.attn_drop.p,

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from .swin_names import swin_settings
+
 # name: (embed_dim, depth, num_heads, mlp_ratio)
 SIZES = {
     "tiny": (192, 12, 3, 4.0),
@@ -136,3 +138,8 @@ class SwinLoaders(Loaders):
         from ..checkpoints.swin_pretrained import swin_from_pretrained
 
         return swin_from_pretrained(cls, path, **kwargs)
+
+    @classmethod
+    def named(cls, name: str, **kwargs):
+        """With fresh weights, by timm's name: `FusedSwin.named("swin_tiny_patch4_window7_224")`."""
+        return cls(**{**swin_settings(name), **kwargs})

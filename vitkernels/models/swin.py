@@ -12,12 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..nn import ClassifierHead, PatchEmbed, Pending, SwinStage
+from ..nn import ClassifierHead, PatchEmbed, SwinStage
 from ..nn.known import known
 from ..nn.patch_embed import pair
 from ..nn.pending import add, add_norm, fusable
-from ..nn.watched import global_hooks, hooked
+from ..nn.watched import global_hooks, hooked, untouched
 from .init import init_weights
+from .loaders import SwinLoaders
 from .swin_checks import check_pool, check_swin, per_stage
 from .swin_features import SwinFeatures
 from .swin_windows import scaled_windows, stage_windows
@@ -25,7 +26,7 @@ from .swin_windows import scaled_windows, stage_windows
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class FusedSwin(SwinFeatures, nn.Module):
+class FusedSwin(SwinLoaders, SwinFeatures, nn.Module):
     """Swin Transformer on fused kernels.
 
     Args: as timm's SwinTransformer, and SwinTransformerV2 with version=2. embed_dim and window_size
@@ -102,8 +103,8 @@ class FusedSwin(SwinFeatures, nn.Module):
             norm_layer=norm_layer,
             output_fmt="NHWC",
             strict_img_size=not self.dynamic_img_size,
-            mean=mean,
-            std=std,
+            mean=_of_channels(mean, IMAGENET_MEAN, in_chans),
+            std=_of_channels(std, IMAGENET_STD, in_chans),
             **where,
         )
         # What set_input_size scales, so that each stage keeps its ratio of window to map.
@@ -175,12 +176,12 @@ class FusedSwin(SwinFeatures, nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The map after the last norm, (B, H, W, num_features)."""
         x = self.patch_embed(x)
-        if global_hooks() or hooked(self.layers):
+        if global_hooks() or hooked(self.layers) or not untouched(self.layers[-1], SwinStage):
             return self.norm(self.layers(x))
         *stages, last = self.layers
         for stage in stages:
             x = stage(x)
-        pending = Pending(last(x)) if hooked(last) else last.pending(x)
+        pending = last.pending(x)
         if fusable(self.norm):
             return add_norm(pending, self.norm, pending.stream.dtype)[0]
         return self.norm(add(pending))
@@ -255,6 +256,7 @@ class FusedSwin(SwinFeatures, nn.Module):
         for i, stage in enumerate(self.layers):
             stage.set_input_size(self._map_before(i), windows[i], always_partition)
 
-    def to_timm_state_dict(self) -> dict[str, Tensor]:
-        """The state_dict: its keys are timm's."""
-        return self.state_dict()
+
+def _of_channels(values, default: tuple[float, ...], in_chans: int):
+    """ImageNet's three values are averaged for images of other channels."""
+    return sum(default) / 3 if values is default and in_chans != 3 else values

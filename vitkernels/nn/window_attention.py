@@ -145,6 +145,7 @@ class WindowAttentionV2(_WindowAttention):
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
         self._renew_buffers()
+        self.register_load_state_dict_post_hook(WindowAttentionV2._renew_buffers)
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.logit_scale, math.log(10))
@@ -152,7 +153,7 @@ class WindowAttentionV2(_WindowAttention):
             nn.init.zeros_(self.q_bias)
             nn.init.zeros_(self.v_bias)
 
-    def _renew_buffers(self) -> None:
+    def _renew_buffers(self, *_) -> None:
         """k_bias and the coordinates, beside the parameters: never from a meta tensor."""
         like = self.proj.weight
         k_bias = None if self.q_bias is None else torch.zeros_like(self.q_bias)
