@@ -23,6 +23,7 @@ from . import (
     bench_linear_gelu,
     bench_models,
     bench_patch_embed,
+    bench_patch_merge,
 )
 from .harness import Limits, Result, measure
 
@@ -33,6 +34,7 @@ OPS = {
         everything, "attention_qkvpacked"
     ),
     "patch_embed": bench_patch_embed.cases,
+    "patch_merge_layer_norm": bench_patch_merge.cases,
     "linear_gelu": lambda everything: bench_linear_gelu.cases(everything, "linear_gelu"),
     "linear": lambda everything: bench_linear_gelu.cases(everything, "linear"),
 }

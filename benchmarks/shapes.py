@@ -32,6 +32,13 @@ LAYER_NORM_TARGETS = {
     ("vit_small", BF16, BOTH): {"compile eager": (1.8, 1.8), "eager": (3.0, 3.0)},
     ("vit_small", FP32, FORWARD): {"compile eager": (1.8, 1.8), "eager": (2.5, 2.5)},
 }
+PATCH_MERGE_TARGETS = {
+    ("swin_tiny_stage1", BF16, FORWARD): {"best": (2.0, 2.5)},
+    ("swin_tiny_stage1", BF16, BOTH): {"best": (2.0, 2.5)},
+    ("swin_tiny_stage1", FP32, FORWARD): {"best": (1.5, 1.8)},  # 94% of the memory limit
+    ("swin_tiny_stage1", FP32, BOTH): {"best": (1.5, 2.0)},
+    ("swin_tiny_stage2", BF16, FORWARD): {"best": (2.0, 2.5)},
+}
 # The peers of a Linear are GEMM libraries; "best" is the faster of oneDNN's and MKL's.
 PATCH_EMBED_TARGETS = {
     (name, dtype, FORWARD): {"eager": (1.5, 1.5), "compile eager": (1.2, 1.2)}

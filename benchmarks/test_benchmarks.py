@@ -3,10 +3,22 @@
 import pytest
 import torch
 
-from . import bench_add_layer_norm, bench_attention, bench_linear_gelu, bench_patch_embed
+from . import (
+    bench_add_layer_norm,
+    bench_attention,
+    bench_linear_gelu,
+    bench_patch_embed,
+    bench_patch_merge,
+)
 from .harness import check, problem_of
 
-MODULES = (bench_add_layer_norm, bench_attention, bench_patch_embed, bench_linear_gelu)
+MODULES = (
+    bench_add_layer_norm,
+    bench_attention,
+    bench_patch_embed,
+    bench_patch_merge,
+    bench_linear_gelu,
+)
 CASES = [case for module in MODULES for case in module.cases()]
 PEERS = [
     pytest.param(case, peer, id=f"{case.title}-{peer}")

@@ -30,6 +30,12 @@ def raw_arguments():
     product = {"x": x, "weight": weight, "bias": torch.randn(6), "activation": 1}
     linear_saved = {"preactivation": torch.randn(2, 3, 6), "activation": 1}
     tokens = torch.randn(2, 7, 6)
+    merge = {
+        "x": torch.randn(2, 3, 4, 2),
+        "mean": torch.rand(2, 2, 2),
+        "rstd": torch.rand(2, 2, 2),
+        **parameters,
+    }
     patches = {
         "images": torch.rand(2, 3, 4, 6),
         "weight": torch.randn(6, 3, 2, 2),
@@ -57,6 +63,10 @@ def raw_arguments():
                             "bias": torch.randn(6), **linear_saved, "output_mask": [True] * 3},
         "patch_embed_fwd": {**patches, "out_dtype": torch.float32},
         "patch_embed_bwd": {"dtokens": tokens, **patches, "output_mask": [True] * 5},
+        "patch_merge_layer_norm_fwd": {"x": merge["x"], **parameters, "eps": 1e-6,
+                                       "out_dtype": torch.float32},
+        "patch_merge_layer_norm_bwd": {"dy": torch.randn(2, 2, 2, 8), **merge,
+                                       "output_mask": [True] * 3},
         "attention_qkvpacked_bwd": {"dout": x, **packed, "out": x, "lse": lse, **square,
                                     "output_mask": [True] * 2},
     }  # fmt: skip

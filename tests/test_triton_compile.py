@@ -75,7 +75,8 @@ def test_main_settings_for_hopper_do_not_spill(compiled):
 
 def test_layer_norm_reads_sixteen_bytes_at_a_time(compiled):
     for r in compiled(90, "main")["records"]:
-        if r["kernel"].startswith("add_layer_norm") and "9000" not in r["case"]:
+        norm = r["kernel"].startswith(("add_layer_norm", "patch_merge"))
+        if norm and "9000" not in r["case"]:
             assert r["wide_loads"], f"{label(r)} has no 16-byte load"
 
 

@@ -36,11 +36,12 @@ from vitkernels.ops.linear_gelu import _triton_forward as linear_forward
 from vitkernels.ops.patch_embed import _triton_backward as patch_backward
 from vitkernels.ops.patch_embed import _triton_forward as patch_forward
 from vitkernels.ops.patch_embed import _triton_tiles as patch_tiles
+from vitkernels.ops.patch_merge import _triton as merge
 
 PRODUCTS = (linear_forward, linear_backward, patch_forward, patch_backward)
 MODULES = (
     *(reduce, ln_forward, ln_backward, attention_forward, attention_backward, attention_dbias),
-    *PRODUCTS,
+    *(*PRODUCTS, merge),
 )
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -165,6 +166,13 @@ def patches(B, size, patch, D, dtype=BF16, images=torch.uint8, P=1, channels_las
     patch_backward.patch_embed_bwd(tokens, *tensors, [images != torch.uint8] + [True] * 4)
 
 
+def patch_merge(C, dtype=BF16, parameters=None, B=64, size=56):
+    x = torch.empty(B, size, size, C, dtype=dtype)
+    weight = torch.empty(4 * C, dtype=parameters or dtype)
+    y, mean, rstd = merge.patch_merge_layer_norm_fwd(x, weight, weight, 1e-5, dtype)
+    merge.patch_merge_layer_norm_bwd(y, x, mean, rstd, weight, weight, [True] * 3)
+
+
 def case(function, *args, spills=0, **options):
     """spills: the stack bytes a thread may have, None for any."""
     words = [str(a) for a in args]
@@ -195,6 +203,10 @@ MAIN = [
     case(patches, 256, 224, 16, 768, images=BF16),
     case(patches, 256, 224, 16, 768, channels_last=True),
     case(patches, 8, 224, 16, 384, FP32),
+    case(patch_merge, 96),
+    case(patch_merge, 192, size=28),
+    case(patch_merge, 384, parameters=FP32, size=14),
+    case(patch_merge, 96, FP32),
 ]
 EVERY = [
     *[case(layer_norm, C, dtype, dtype) for C in (1, 3, 96, 1000) for dtype in (BF16, FP32)],
@@ -230,6 +242,9 @@ EVERY = [
     case(patches, 64, 224, 16, 768, images=FP32),
     case(patches, 64, 224, 16, 1001, images=BF16, channels_last=True, spills=None),
     case(patches, 64, 224, 16, 768, FP32, images=FP32, spills=None),
+    *[case(patch_merge, C, size=15) for C in (1, 3, 31, 128, 256, 512, 768, 1000, 1024)],
+    *[case(patch_merge, C, FP32, size=15) for C in (24, 192, 384, 768, 1024)],
+    case(patch_merge, 192, FP16, parameters=FP32, size=28),
 ]
 SETS = {"main": MAIN, "every": EVERY}
 

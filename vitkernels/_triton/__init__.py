@@ -17,6 +17,7 @@ from vitkernels._triton.launch import (
     stages,
 )
 from vitkernels._triton.reduce import sum_partials
+from vitkernels._triton.rows import load_columns, store_partial
 from vitkernels._triton.tiles import (
     Tile,
     choose_tile,
@@ -41,12 +42,14 @@ __all__ = [
     "dropout_scalars",
     "fail",
     "keep_mask",
+    "load_columns",
     "multiprocessors",
     "on_device",
     "power_of_two",
     "reduction_splits",
     "split_columns",
     "stages",
+    "store_partial",
     "sum_partials",
     "tile_of",
 ]

@@ -21,9 +21,11 @@ from vitkernels._triton import (
     collapse_rows,
     dropout_scalars,
     fail,
+    load_columns,
     multiprocessors,
     on_device,
     power_of_two,
+    store_partial,
 )
 from vitkernels.ops.add_layer_norm._triton_forward import (
     LOOP_COLUMNS,
@@ -31,7 +33,6 @@ from vitkernels.ops.add_layer_norm._triton_forward import (
     check_norm,
     check_statistics,
     contiguous,
-    load_columns,
     load_row_scale,
     load_rows,
     read_mask,
@@ -95,12 +96,6 @@ def _gamma_gradient(
     return dz * through_branch(x, index, None, scale, seed_ptr, threshold, keep_scale)
 
 
-@triton.jit
-def _store_partial(ptr, total, program, col, C):
-    if ptr is not None:
-        tl.store(ptr + program.to(tl.int64) * C + col, tl.sum(total, 0), mask=col < C)
-
-
 @triton.jit(do_not_specialize=VARYING)
 def _backward_kernel(
     dy_ptr, dnew_residual_ptr, z_ptr, mean_ptr, rstd_ptr, x_ptr, weight_ptr, gamma_ptr,
@@ -151,9 +146,9 @@ def _backward_kernel(
                 keep_scale,
             )  # fmt: skip
 
-    _store_partial(dweight_ptr, dweight, program, col, C)
-    _store_partial(dbias_ptr, dbias, program, col, C)
-    _store_partial(dgamma_ptr, dgamma, program, col, C)
+    store_partial(dweight_ptr, dweight, program, col, C)
+    store_partial(dbias_ptr, dbias, program, col, C)
+    store_partial(dgamma_ptr, dgamma, program, col, C)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -251,9 +246,9 @@ def _backward_column_kernel(
                 keep_scale,
             )  # fmt: skip
 
-    _store_partial(dweight_ptr, dweight, program, col, C)
-    _store_partial(dbias_ptr, dbias, program, col, C)
-    _store_partial(dgamma_ptr, dgamma, program, col, C)
+    store_partial(dweight_ptr, dweight, program, col, C)
+    store_partial(dbias_ptr, dbias, program, col, C)
+    store_partial(dgamma_ptr, dgamma, program, col, C)
 
 
 @triton.jit

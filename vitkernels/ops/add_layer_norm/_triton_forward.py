@@ -22,6 +22,7 @@ from vitkernels._triton import (
     dropout_scalars,
     fail,
     keep_mask,
+    load_columns,
     on_device,
     power_of_two,
 )
@@ -65,15 +66,6 @@ def load_rows(ptr, row, col, mask, inner_rows, strides):
 def store_rows(ptr, value, row, col, mask, C):
     offset = row.to(tl.int64)[:, None] * C + col[None, :]
     tl.store(ptr + offset, value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_columns(ptr, col, C, default: tl.constexpr):
-    """A (C,) parameter as a (1, columns) tile in fp32, or what stands for None."""
-    if ptr is None:
-        return default
-    else:
-        return tl.load(ptr + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
