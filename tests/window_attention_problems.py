@@ -99,7 +99,7 @@ def window_problem(
     magnitude=1.0,
     autocast=None,
     seed=5,
-) -> Problem:
+) -> WindowProblem:
     """A map of rows x columns `windows`; `magnitude` is q's; two heads, or four of cosines.
 
     cosine: Swin V2, logit_scale around ln 10 in shape (heads,) or with "timm" (heads, 1, 1);
@@ -139,6 +139,12 @@ def window_problem(
         seed,
         autocast,
     )
+
+
+def small_windows(backend, window=(2, 3), shift=1, dtype=torch.float32, **options) -> WindowProblem:
+    """Two samples of 2 x 3 windows; for the interpreter one sample of 2 x 2."""
+    sizes = {"windows": (2, 2), "B": 1} if backend == "triton" else {"windows": (2, 3), "B": 2}
+    return window_problem(window, shift, dtype, **(sizes | options))
 
 
 def pair(value) -> tuple[int, int]:

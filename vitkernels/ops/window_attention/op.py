@@ -181,7 +181,9 @@ def _stock(
         q, k, v = x.permute(3, 0, 1, 4, 2, 5).unbind(0)  # (B, windows, heads, N, D)
         if logit_scale is not None:
             factor = reference.factor(logit_scale, reference.widen(logit_scale))
-            q, k, scale = F.normalize(q, dim=-1) * factor.to(q.dtype), F.normalize(k, dim=-1), 1.0
+            # In fp32: fp16 has no 1e-12, and the zero vector of a padded token would be NaN.
+            q, k = (reference.unit(reference.widen(t)).to(t.dtype) for t in (q, k))
+            q, scale = q * factor.to(q.dtype), 1.0
         bias = reference.position_bias(bias_table, window).to(q.dtype)
         apart = reference.seams(qkv.shape, window, shift, qkv.device)
         if apart is not None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 
 from .._random import keep_mask
 
@@ -42,15 +41,18 @@ def scores(q, k, bias_table, scale, logit_scale, shape, window, shift):
     if logit_scale is None:
         s = (q * scale) @ k.transpose(-1, -2)
     else:
-        cosine = _unit(q) @ _unit(k).transpose(-1, -2)
+        cosine = unit(q) @ unit(k).transpose(-1, -2)
         s = cosine * factor(logit_scale, cosine)
     s = s + position_bias(bias_table, window).to(s.dtype)
     apart = seams(shape, window, shift, s.device)
     return s if apart is None else s.masked_fill(apart[:, None], -torch.inf), cosine
 
 
-def _unit(x):
-    return F.normalize(x, dim=-1, eps=SHORTEST)
+def unit(x):
+    """x / max(|x|, SHORTEST), without a gradient into a shorter vector."""
+    length = x.norm(dim=-1, keepdim=True)
+    direction = x / length.clamp_min(SHORTEST)
+    return torch.where(length < SHORTEST, direction.detach(), direction)
 
 
 def factor(logit_scale, like):
@@ -162,8 +164,8 @@ def window_attention_bwd(
             dq, dk = scale * (ds @ k), scale * (ds.transpose(-1, -2) @ q)
         else:
             by = factor(logit_scale, s)
-            dq = _normalize_bwd(q, by * (ds @ _unit(k)))
-            dk = _normalize_bwd(k, by * (ds.transpose(-1, -2) @ _unit(q)))
+            dq = _normalize_bwd(q, by * (ds @ unit(k)))
+            dk = _normalize_bwd(k, by * (ds.transpose(-1, -2) @ unit(q)))
         dqkv = pack([dq, dk, dv], qkv.shape, window, shift).to(qkv.dtype).contiguous()
     if output_mask[1]:
         index = position_index(window, ds.device).flatten()
@@ -172,7 +174,7 @@ def window_attention_bwd(
         dbias_table = dbias_table.to(bias_table.dtype)
     if output_mask[2]:
         dfactor = (ds * torch.where(ds == 0, 0.0, cosine)).sum((0, 1, 3, 4))
-        below = logit_scale.flatten() <= MAX_LOGIT_SCALE
+        below = widen(logit_scale.flatten()) <= MAX_LOGIT_SCALE  # in 16 bits ln 100 is another
         dlogit_scale = torch.where(below, dfactor * factor(logit_scale, s).flatten(), 0.0)
         dlogit_scale = dlogit_scale.to(logit_scale.dtype).reshape(logit_scale.shape)
     return dqkv, dbias_table, dlogit_scale
