@@ -38,6 +38,16 @@ def good_arguments(op):
     if op == "patch_merge_layer_norm":
         parameters = {"weight": torch.randn(4 * C), "bias": torch.randn(4 * C)}
         return {"x": torch.randn(B, N, 4, C), **parameters, "eps": 1e-5}
+    if op == "window_attention":
+        return {
+            "qkv": torch.randn(B, 4, 6, 3 * H * D),
+            "bias_table": torch.randn(15, H),
+            "window_size": (2, 3),
+            "shift_size": (1, 2),
+            "num_heads": H,
+            "logit_scale": torch.randn(H),
+            "dropout_p": 0.1,
+        }
     if op in ("linear", "linear_gelu"):
         arguments = {"x": torch.randn(shape), "weight": torch.randn(D, C), "bias": torch.randn(D)}
         if op == "linear_gelu":
@@ -105,6 +115,7 @@ PATCH_EMBED_TENSORS = {
 }
 LINEAR_TENSORS = {"weight": (1,), "bias": range(1)}
 PATCH_MERGE_TENSORS = {"weight": range(1), "bias": range(1)}
+WINDOW_TENSORS = {"bias_table": range(2), "logit_scale": range(1)}
 
 
 def fixed_sizes(op):
@@ -115,9 +126,12 @@ def fixed_sizes(op):
         return LINEAR_TENSORS
     if op == "patch_merge_layer_norm":
         return PATCH_MERGE_TENSORS
+    if op == "window_attention":
+        return WINDOW_TENSORS
     return PATCH_EMBED_TENSORS if op == "patch_embed" else ATTENTION_TENSORS
 
 
+NO_PAIRS = (None, 2.0, "2", True, [], (2,), (2, 3, 1), (2, 3.0), (1, None), (True, 2), {2: 3}, 1j)
 OPTIONAL_SCALE = [pair for pair in bad_numbers() if pair[1] is not None]
 
 
@@ -129,6 +143,8 @@ def bad_arguments(op):
         "dropout_p": bad_numbers(-0.1, 1.0, 1.5, 1, -1),
         "scale": OPTIONAL_SCALE,
         "num_heads": [(str(v), v) for v in (0, -1, 5, 2.0, "2", None, True, NAN, [2], 10**6)],
+        "window_size": [(str(v), v) for v in (*NO_PAIRS, 0, (2, 0), (-2, 3), 3, (3, 2), (5, 3), 7)],
+        "shift_size": [(str(v), v) for v in (*NO_PAIRS, -1, (0, -1), 2, (2, 0), (0, 3), (1, 3))],
         "out_dtype": [(str(v), v) for v in (torch.int32, torch.complex64, "bf16", 16, float)],
         "rows": [(str(v), v) for v in (N, -N - 1, 1.0, "0", [0, N], [0.5], [True], {"a": 1})],
         "approximate": [(str(v), v) for v in ("erf", "None", "", None, 1, True, b"none", ["none"])],
@@ -167,6 +183,9 @@ def special_cases(op, good):
         return
     if op == "patch_merge_layer_norm":
         yield from patch_merge_cases(good)
+        return
+    if op == "window_attention":
+        yield from window_attention_cases(good)
         return
     if op in ("add_layer_norm", "layer_norm_add"):
         yield "x", "None", None
@@ -235,6 +254,32 @@ def patch_merge_cases(good):
         yield name, "of four rows", torch.randn(4, C)
 
 
+def window_attention_cases(good):
+    qkv = good["qkv"]
+    yield "qkv", "None", None
+    yield "qkv", "no dimension", torch.tensor(1.0)
+    yield "qkv", "tokens (B, N, 3 * C)", qkv.flatten(1, 2)
+    yield "qkv", "windows apart", qkv[None]
+    yield "qkv", "H not of the windows", qkv[:, :3]
+    yield "qkv", "W not of the windows", qkv[:, :, :5]
+    yield "qkv", "H = 0", qkv[:, :0]
+    yield "qkv", "W = 0", qkv[:, :, :0]
+    yield "qkv", "C = 0", qkv[..., :0]
+    yield "qkv", "width not 3 * C", qkv[..., :-1]
+    yield "qkv", "width not of the heads", qkv[..., :-3]
+    yield "bias_table", "None", None
+    yield "bias_table", "of the transposed window, squared", torch.randn(25, H)
+    yield "bias_table", "already gathered", torch.randn(H, 6, 6)
+    yield "bias_table", "for each sample", torch.randn(B, 15, H)
+    yield "bias_table", "heads first", good["bias_table"].T
+    yield "logit_scale", "a number", 2.3
+    yield "logit_scale", "no dimension", torch.tensor(2.3)
+    yield "logit_scale", "(heads, 1)", torch.randn(H, 1)
+    yield "logit_scale", "(1, heads, 1, 1)", torch.randn(1, H, 1, 1)
+    yield "logit_scale", "of one number", torch.randn(1, 1, 1)
+    yield "scale", "beside logit_scale", 0.25
+
+
 def patch_embed_cases(good):
     images, weight = good["images"], good["weight"]
     yield "images", "None", None
@@ -280,6 +325,7 @@ PUBLIC_OPS = (
     "patch_embed",
     "linear_gelu",
     "linear",
+    "window_attention",
     "attention_weights",
 )
 WITH_BACKENDS = PUBLIC_OPS[:-1]
@@ -299,6 +345,14 @@ def test_the_error_names_everything(op, name, value):
     message = str(caught.value)
     assert message.startswith(f"{op}: ") and name in message, message
     assert "must be" in message and "got" in message, message
+
+
+@pytest.mark.parametrize("value", [v for _, v in OPTIONAL_SCALE], ids=str)
+def test_scale_of_window_attention(value):
+    """Without logit_scale, beside which it has to be None."""
+    arguments = good_arguments("window_attention") | {"logit_scale": None, "scale": value}
+    with pytest.raises((TypeError, ValueError), match=r"^window_attention: scale must be .*, got "):
+        vitkernels.ops.window_attention(**arguments)
 
 
 def test_sixty_bad_inputs_of_each_operator():

@@ -11,7 +11,7 @@ from vitkernels.testing import as_tuple
 
 SLICES = {"add_layer_norm": "add_layer_norm", "layer_norm_add": "add_layer_norm"}
 SLICES |= {"attention": "attention", "attention_qkvpacked": "attention"}
-SLICES["patch_merge_layer_norm"] = "patch_merge"
+SLICES |= {"patch_merge_layer_norm": "patch_merge", "window_attention": "window_attention"}
 SLICES |= {"patch_embed": "patch_embed", "linear_gelu": "linear_gelu", "linear": "linear_gelu"}
 
 
@@ -109,6 +109,23 @@ FAULTS = {
         "patch_merge_layer_norm_bwd",
         change(2, lambda t: t * 0.9),
     ),
+    "windows: one value": ("window_attention_fwd", change(0, add_to_one)),
+    "windows: bf16 inside": ("window_attention_fwd", change(0, truncate)),
+    "windows: rows swapped": ("window_attention_fwd", change(0, lambda t: t.flip(1))),
+    "windows: turned": ("window_attention_fwd", change(0, lambda t: t.flip(1, 2))),
+    "windows: lse off": ("window_attention_fwd", change(1, lambda t: t + 1e-3)),
+    "windows: input written": ("window_attention_fwd", write_into_input),
+    "windows: dqkv: one value": ("window_attention_bwd", change(0, add_to_one)),
+    "windows: dqkv: bf16 inside": ("window_attention_bwd", change(0, truncate)),
+    "windows: dqkv: dq and dv swapped": (
+        "window_attention_bwd",
+        change(0, lambda t: t.unflatten(3, (3, -1)).flip(3).flatten(3)),
+    ),
+    "windows: dtable: turned": ("window_attention_bwd", change(1, lambda t: t.flip(0))),
+    "windows: dtable: of one sample": ("window_attention_bwd", change(1, lambda t: t / 2)),
+    "windows: dtable: missing": ("window_attention_bwd", change(1, nothing)),
+    "windows: dlogit_scale: heads": ("window_attention_bwd", change(2, lambda t: t.flip(0))),
+    "windows: dlogit_scale: frozen": ("window_attention_bwd", change(2, torch.zeros_like)),
     "gelu: one value": ("linear_gelu_fwd", change(0, add_to_one)),
     "gelu: bf16 inside": ("linear_gelu_fwd", change(0, truncate)),
     "gelu: another kind": ("linear_gelu_fwd", change(0, lambda t: t + 4e-4 * t.sign())),

@@ -142,7 +142,7 @@ def _check(qkv, bias_table, window, shift, num_heads, scale, logit_scale, dropou
         _checks.fail(op, "qkv", expected, _checks.describe(qkv))
     (Wh, Ww) = window
     if H == 0 or W == 0 or H % Wh != 0 or W % Ww != 0:
-        expected = f"of shape (B, H, W, 3 * C) with H a multiple of {Wh} and W of {Ww}"
+        expected = f"of shape (B, H, W, 3 * C) with H and W multiples of window_size = {window}"
         _checks.fail(op, "qkv", expected, _checks.describe(qkv))
     if shift[0] >= Wh or shift[1] >= Ww:
         _checks.fail(op, "shift_size", f"less than window_size = {window}", shift)
