@@ -31,6 +31,8 @@ def check_swin(
     _one_of(OWNER, "version", version, (1, 2))
     check_pool(OWNER, global_pool)
     _one_of(OWNER, "weight_init", weight_init, (*SCHEMES, "skip"))
+    if version == 2 and weight_init not in ("", "skip"):
+        fail(OWNER, "weight_init", "'' or 'skip' with version=2", repr(weight_init))
     _one_of(OWNER, "pad_mode", pad_mode, PAD_MODES)
     _one_of(OWNER, "window_clamp", window_clamp, WINDOW_CLAMPS)
     if stages == 0:
