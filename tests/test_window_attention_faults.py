@@ -63,7 +63,7 @@ MUTANTS = {
         "column[None, :] + Ww - 1",
         "column[None, :] + Ww - 1 - (column[:, None] > 0).int()",
     ),
-    "token by the height": ("token // Ww, token % Ww", "token // Wh, token % Wh"),
+    "two columns as one": ("token // Ww, token % Ww", "token // Ww, token % Ww // 2"),
     "bias of another head": (
         "window, bias_table.device)].permute(2, 0, 1)",
         "window, bias_table.device)].permute(2, 0, 1).flip(0)",
