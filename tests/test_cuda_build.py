@@ -7,16 +7,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import re
-import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
+from compiled_code import disassembler, sass, short_name
 from native_build import CSRC, NVCC, ROOT
 
 from vitkernels import _native
@@ -32,14 +30,6 @@ needs_plans = pytest.mark.skipif(
     not hasattr(_native.build_facts(), "add_layer_norm_plan"),
     reason="vitkernels._C is not built (it needs Python.h and pybind11)",
 )
-
-
-def short_name(mangled: str) -> str:
-    """forward_kernel<0,3,1,0,2>: the kernel's template arguments as numbers, in their order."""
-    end = mangled.index("_kernel") + len("_kernel")  # an identifier follows its length
-    length = next(n for n in range(8, 99) if mangled[: end - n].endswith(str(n)))
-    arguments = re.findall(r"L(?:[a-z]|N\w+?E)(\d+)E", mangled[end:])
-    return mangled[end - length : end] + (f"<{','.join(arguments)}>" if arguments else "")
 
 
 @cache
@@ -131,34 +121,14 @@ def test_library_needs_no_cuda_library():
     assert not [name for name in needed if "cuda" in name or "torch_cuda" in name]
 
 
-def disassembler() -> str | None:
-    """cuobjdump of the CUDA toolkit, or the one that comes with Triton."""
-    spec = importlib.util.find_spec("triton")
-    folder = Path(spec.origin).parent / "backends/nvidia/bin" if spec else None
-    path = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
-    return shutil.which("cuobjdump", path=path) if shutil.which("nvdisasm", path=path) else None
-
-
-@cache
-def sass(arch: str) -> dict[str, list[str]]:
-    """{kernel: instructions} of the CUDA library."""
-    tool = disassembler()
-    env = dict(os.environ, PATH=f"{Path(tool).parent}{os.pathsep}{os.environ['PATH']}")
-    command = [tool, "-sass", "-arch", arch, str(LIBRARY)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
-    found = {}
-    for part in re.split(r"\n\s*Function : ", said)[1:]:
-        name, _, body = part.partition("\n")
-        found[short_name(name.strip())] = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+([^;]*);", body)
-    return found
-
-
 @needs_nvcc
 @pytest.mark.skipif(disassembler() is None, reason="cuobjdump and nvdisasm are not here")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_sass_of_add_layer_norm(arch):
     """Template arguments: forward Form, Types, VEC, BLOCK, CHUNKS; backward without Form."""
-    kernels = {k: v for k, v in sass(arch).items() if re.match(r"(forward|backward)_kernel<", k)}
+    kernels = {
+        k: v for k, v in sass(LIBRARY, arch).items() if re.match(r"(forward|backward)_kernel<", k)
+    }
     assert len(kernels) > 40
     for name, code in kernels.items():
         arguments = [int(n) for n in re.findall(r"\d+", name)]

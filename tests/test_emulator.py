@@ -10,72 +10,27 @@ import re
 
 import pytest
 import torch
-from native_build import CSRC, CXX, ROOT, cached_build, files_under
+from emulated import SEEDS, compile_kernels, nan
+from native_build import CXX, ROOT
 
 from vitkernels.ops._random import philox_word
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler: there is nothing to emulate")
 
 KERNELS = ROOT / "tests" / "emulator" / "kernels.cpp"
-CXX_FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
-CXX_FLAGS += ["-Wall", "-Wextra", "-Werror"]
-SEEDS = range(1, 9)
-
-
-class Kernels:
-    """tests/emulator/kernels.cpp as functions that take tensors and numbers and raise the error."""
-
-    def __init__(self, path):
-        self._library = ctypes.CDLL(str(path))
-
-    def __getattr__(self, name):
-        function = getattr(self._library, name)
-        function.restype = ctypes.c_char_p
-
-        def call(*arguments):
-            error = function(*(_c_value(a) for a in arguments))
-            if error is not None:
-                raise RuntimeError(error.decode())
-
-        return call
-
-    def set_seed(self, seed):
-        self._library.vitkernels_emulator_set_seed(ctypes.c_uint64(seed))
-
-    def seed(self):
-        self._library.vitkernels_emulator_seed.restype = ctypes.c_uint64
-        return self._library.vitkernels_emulator_seed()
-
-
-def _c_value(argument):
-    if isinstance(argument, torch.Tensor):
-        assert argument.is_contiguous()
-        return ctypes.c_void_p(argument.data_ptr())
-    return argument
-
-
-def _compile(name, *flags):
-    sources = [KERNELS, CSRC / "emulator" / "emulator.cpp"]
-    command = [CXX, *CXX_FLAGS, *flags, "-I", str(CSRC / "emulator"), "-I", str(CSRC)]
-    inputs = [KERNELS, *files_under(CSRC / "emulator", CSRC / "common")]
-    return cached_build(name, [*command, *map(str, sources), "-lpthread"], inputs)[0]
 
 
 @pytest.fixture(scope="module", params=["assembly", "ucontext"])
 def library(request):
     """The kernels, with either way to switch between fibers."""
     flags = ["-DVK_EMULATOR_UCONTEXT"] if request.param == "ucontext" else []
-    return Kernels(_compile(f"emulator_{request.param}.so", *flags))
+    return compile_kernels(KERNELS, f"emulator_{request.param}", *flags)
 
 
 @pytest.fixture
 def kernels(library):
     library.set_seed(1)
     return library
-
-
-def nan(n):
-    return torch.full((n,), torch.nan)
 
 
 # ---- Indices, warps, votes

@@ -59,13 +59,27 @@ def test_emulator_build_includes_no_cuda_header(source):
     assert not cuda
 
 
-def test_every_primitive_has_a_twin():
-    names = re.compile(r"(?:VK_DEVICE|inline)\s+\w+\s+(\w+)\(")
-    device = set(names.findall((CSRC / "common/platform.cuh").read_text()))
-    twins = set(names.findall((CSRC / "emulator/common/platform.cuh").read_text()))
-    assert device - {"check_launch_bounds"} <= twins
-    assert {"VK_SHARED", "VK_DYNAMIC_SHARED", "VK_DEVICE"} <= set(
-        re.findall(r"#define (\w+)", (CSRC / "emulator/common/platform.cuh").read_text())
+TWINS = sorted(f.name for f in (CSRC / "emulator/common").glob("*.cuh"))
+
+
+def test_every_twin_is_of_something():
+    assert {"platform.cuh", "launch.cuh", "mma.cuh", "async_copy.cuh"} <= set(TWINS)
+    assert all((CSRC / "common" / name).exists() for name in TWINS)
+    for header in (CSRC / "common").glob("*.cuh"):  # PTX has a twin
+        assert header.name in TWINS or "asm" not in header.read_text(), header.name
+
+
+@pytest.mark.parametrize("name", [n for n in TWINS if n != "launch.cuh"])
+def test_every_primitive_has_a_twin(name):
+    primitive = re.compile(r"^(?:inline )?\w+ (\w+)\(", re.M)
+    device = (CSRC / "common" / name).read_text()
+    twin = (CSRC / "emulator/common" / name).read_text()
+    names = set(re.findall(r"^VK_DEVICE \w+ (\w+)\(", device, re.M))
+    assert names and names - {"check_launch_bounds"} <= set(primitive.findall(twin))
+    structs = re.compile(r"^(?:struct|class) (?:alignas\(\d+\) )?(\w+)", re.M)
+    assert set(structs.findall(device)) <= set(structs.findall(twin))
+    assert set(re.findall(r"#define (VK_\w+)", device)) <= set(
+        re.findall(r"#define (VK_\w+)", twin)
     )
 
 

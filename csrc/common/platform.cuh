@@ -13,11 +13,15 @@
 #define VK_DEVICE __device__ __forceinline__
 
 // Shared memory [G: "__shared__"]: VK_SHARED(float, tile, [2][32]) is an array; VK_DYNAMIC_SHARED
-// names the rest.
+// names the rest, which begins on a 128-byte line; VK_SWIZZLED_SHARED the same, where the pattern
+// of a swizzle does.
 #define VK_SHARED(type, name, extents) __shared__ __align__(16) type name extents
 #define VK_DYNAMIC_SHARED(type, name)                                 \
   extern __shared__ __align__(128) unsigned char vk_dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(vk_dynamic_shared)
+#define VK_SWIZZLED_SHARED(type, name)                                  \
+  extern __shared__ __align__(1024) unsigned char vk_swizzled_shared[]; \
+  type* name = reinterpret_cast<type*>(vk_swizzled_shared)
 
 namespace vitkernels {
 
@@ -29,6 +33,23 @@ namespace vitkernels {
 // it calls this first.
 template <int MAX_THREADS>
 VK_DEVICE void check_launch_bounds() {}
+
+// Where in the shared window an address is, as PTX wants it [P: cvta].
+VK_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// ---- Barriers of a part of the block [P: barrier.sync, barrier.arrive]
+
+// Waits until `threads`, a multiple of 32, have come to barrier `id`, 1 to 15.
+VK_DEVICE void barrier_sync(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Is counted there and goes on.
+VK_DEVICE void barrier_arrive(int id, int threads) {
+  asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // ---- Bits
 

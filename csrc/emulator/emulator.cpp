@@ -56,6 +56,13 @@ std::string ranges(const std::vector<int>& ids) {
   return out;
 }
 
+// A barrier of a part of the block.
+struct PartBarrier {
+  int threads = 0, arrived = 0;
+  Place place{};  // of the first to come
+  std::vector<Fiber*> waiting;
+};
+
 struct Arena {  // shared memory: the dynamic part, then static arrays as they are met, each with a
                 // guard behind it
   char* base = nullptr;
@@ -78,6 +85,7 @@ struct Block {
   int live = 0;
   int arrived = 0, predicates = 0;  // of the block meeting
   Place barrier{};
+  PartBarrier part_barriers[16];
   Arena arena;
   std::exception_ptr error;
   void* scheduler = nullptr;  // its stack pointer while a fiber runs
@@ -109,10 +117,16 @@ void fiber_main() {
   Fiber* self = running;
   try {
     (*self->block->body)();
+    if (!self->copies.none())
+      fail("the thread ends with copies (cp.async) that it has not waited for", self->place);
   } catch (...) {
     self->block->error = std::current_exception();
   }
-  self->block->leave(*self);
+  try {
+    self->block->leave(*self);
+  } catch (...) {
+    if (self->block->error == nullptr) self->block->error = std::current_exception();
+  }
   to_scheduler();
   std::abort();  // a finished fiber is never resumed
 }
@@ -137,6 +151,13 @@ void Block::open_barrier_when_all_arrived() {
 bool Block::finish_warp_meeting(const Fiber& member) {
   const int first = member.id / kWarp * kWarp;
   const int lanes = std::min<int>(kWarp, static_cast<int>(fibers.size()) - first);
+  if (member.needs_whole_warp &&
+      (lanes < kWarp || std::any_of(
+                            &fibers[first], &fibers[first] + lanes,
+                            [](const Fiber& f) { return f.state == Fiber::kDone; })))
+    fail(std::string(member.waits_for) +
+             " needs all 32 lanes of the warp; some have exited or never were",
+         member.place);
   Fiber* met[kWarp];
   void* records[kWarp] = {};
   int count = 0;
@@ -181,17 +202,61 @@ int meet_block(const char* what, bool predicate, Place place) {
   return self.block_result;
 }
 
-void meet_warp(const char* what, unsigned mask, void* record, Finish finish, Place place) {
+namespace {
+void meet_lanes(const char* what, unsigned mask, bool whole, void* record, Finish finish,
+                Place place) {
   Fiber& self = *running;
   if (!(mask >> self.id % kWarp & 1))
     fail(std::string(what) + " with a mask that leaves out the calling lane", place);
   self.waits_for = what;
   self.place = place;
   self.mask = mask;
+  self.needs_whole_warp = whole;
   self.record = record;
   self.finish = finish;
   self.state = Fiber::kInWarpMeeting;
   self.block->finish_warp_meeting(self);
+  to_scheduler();
+}
+}  // namespace
+
+void meet_warp(const char* what, unsigned mask, void* record, Finish finish, Place place) {
+  meet_lanes(what, mask, false, record, finish, place);
+}
+void meet_whole_warp(const char* what, void* record, Finish finish, Place place) {
+  meet_lanes(what, 0xffffffffu, true, record, finish, place);
+}
+
+void meet_part(const char* what, int id, int threads, bool waits, Place place) {
+  Fiber& self = *running;
+  if (id < 1 || id > 15)
+    fail(std::string(what) + " of barrier " + std::to_string(id) +
+             "; 1 to 15 are there, 0 is that of __syncthreads",
+         place);
+  if (threads <= 0 || threads % kWarp != 0)
+    fail(std::string(what) + " of " + std::to_string(threads) +
+             " threads; a multiple of 32 is needed",
+         place);
+  PartBarrier& barrier = self.block->part_barriers[id];
+  if (barrier.arrived == 0) barrier.threads = threads, barrier.place = place;
+  if (barrier.threads != threads)
+    fail(std::string(what) + " of " + std::to_string(threads) + " threads, but barrier " +
+             std::to_string(id) + " is one of " + std::to_string(barrier.threads) + " at " +
+             text(barrier.place),
+         place);
+  if (waits) barrier.waiting.push_back(&self);
+  if (++barrier.arrived == threads) {
+    for (Fiber* fiber : barrier.waiting) self.block->wake(*fiber);
+    barrier.arrived = 0;
+    barrier.waiting.clear();
+  } else if (waits) {
+    self.state = Fiber::kAsleep;
+  }
+  if (!waits) return;
+  self.waits_for = what;
+  self.detail =
+      " of barrier " + std::to_string(id) + " for " + std::to_string(threads) + " threads";
+  self.place = place;
   to_scheduler();
 }
 
@@ -239,9 +304,10 @@ std::string Block::who_waits_where() const {
     char mask[40] = "";
     if (fiber.state == Fiber::kInWarpMeeting)
       std::snprintf(mask, sizeof(mask), " with mask 0x%08x", fiber.mask);
-    groups[fiber.state == Fiber::kDone
-               ? "have exited"
-               : "wait in " + std::string(fiber.waits_for) + mask + " at " + text(fiber.place)]
+    groups[fiber.state == Fiber::kDone ? "have exited"
+                                       : "wait in " + std::string(fiber.waits_for) + mask +
+                                             (fiber.state == Fiber::kAsleep ? fiber.detail : "") +
+                                             " at " + text(fiber.place)]
         .push_back(fiber.id);
   }
   std::string out;
@@ -281,6 +347,24 @@ void* static_shared(const void* key, size_t bytes, Place place) {
   std::memset(arena.base + offset, kPoison, arena.used - offset);
   arena.arrays.push_back({key, offset, bytes});
   return arena.base + offset;
+}
+
+uint32_t shared_offset(const char* what, const void* address, size_t bytes, size_t alignment,
+                       Place place) {
+  const Arena& arena = running->block->arena;
+  const auto* p = static_cast<const char*>(address);
+  const auto inside = [&](size_t offset, size_t size) {
+    return p >= arena.base + offset && p + bytes <= arena.base + offset + size;
+  };
+  bool found = inside(0, arena.dynamic_bytes);
+  for (const Arena::Array& array : arena.arrays) found |= inside(array.offset, array.bytes);
+  if (!found) fail(std::string(what) + " of what is not, or not all, in shared memory", place);
+  const size_t offset = static_cast<size_t>(p - arena.base);
+  if (offset % alignment != 0)
+    fail(
+        std::string(what) + " of shared memory off its " + std::to_string(alignment) + "-byte line",
+        place);
+  return static_cast<uint32_t>(offset);
 }
 
 namespace {
@@ -329,6 +413,7 @@ void Worker::run_block(const Shape& shape, const std::function<void()>& body, In
   block.index = index;
   block.live = threads;
   block.arrived = block.predicates = 0;
+  for (PartBarrier& barrier : block.part_barriers) barrier = {};
   block.error = nullptr;
   block.arena.base =
       reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(arena.get()) + 1023) / 1024 * 1024);

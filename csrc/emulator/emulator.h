@@ -9,10 +9,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 namespace vitkernels::emulator {
 
@@ -42,9 +45,33 @@ Settings& settings();
 struct Block;
 using Finish = void (*)(void* const* records);
 
+// Copies that a thread has begun and not yet waited for, in the groups it committed them in. They
+// are performed when the thread waits: the latest moment that the hardware may choose.
+class PendingGroups {
+ public:
+  void add(std::function<void()> operation) { open_.push_back(std::move(operation)); }
+  void commit() {
+    committed_.push_back(std::move(open_));
+    open_.clear();
+  }
+  void wait(size_t newest_left_pending) {
+    for (; committed_.size() > newest_left_pending; committed_.pop_front())
+      for (auto& operation : committed_.front()) operation();
+  }
+  bool none() const {
+    for (const auto& group : committed_)
+      if (!group.empty()) return false;
+    return open_.empty();
+  }
+
+ private:
+  std::vector<std::function<void()>> open_;
+  std::deque<std::vector<std::function<void()>>> committed_;
+};
+
 // One CUDA thread.
 struct Fiber {
-  enum State { kReady, kInWarpMeeting, kInBlockMeeting, kDone };
+  enum State { kReady, kInWarpMeeting, kInBlockMeeting, kAsleep, kDone };
   Block* block;
   Index3 thread_index;
   int id;  // linear index in the block; warp = id / 32, lane = id % 32
@@ -52,9 +79,12 @@ struct Fiber {
   const char* waits_for;  // the operation's name
   Place place;
   unsigned mask;  // of the warp meeting
+  bool needs_whole_warp;
   Finish finish;
-  void* record;      // this lane's operands and results, on its own stack while it waits
-  int block_result;  // of the block meeting
+  void* record;          // this lane's operands and results, on its own stack while it waits
+  int block_result;      // of the block meeting
+  std::string detail;    // of a sleep, for the list of who waits where
+  PendingGroups copies;  // cp.async
   void* stack_pointer;
 };
 
@@ -74,8 +104,20 @@ const Index3& grid_dim();
 // operation travel in the records.
 void meet_warp(const char* what, unsigned mask, void* record, Finish finish, Place place);
 
+// The same of all 32 lanes, none of which may have exited: no record is null.
+void meet_whole_warp(const char* what, void* record, Finish finish, Place place);
+
 // All threads of the block that have not exited meet. Returns how many came with a true predicate.
 int meet_block(const char* what, bool predicate, Place place);
+
+// A part of the block's threads meets at barrier `id`: when `threads` have come, those that wait go
+// on. One that does not wait is counted and goes on at once.
+void meet_part(const char* what, int id, int threads, bool waits, Place place);
+
+// Where in the block's shared memory the address is, in bytes. Fails unless all of the bytes belong
+// to one array and the address is a multiple of `alignment`.
+uint32_t shared_offset(const char* what, const void* address, size_t bytes, size_t alignment,
+                       Place place);
 
 // Shared memory of the block, 0xFF at its start. One static array per key; the same key gives the
 // same array.

@@ -1,26 +1,11 @@
 // Small kernels for tests/test_emulator.py, each with a C function that launches it and returns
 // null or the error. A `bug` argument takes one necessary thing away: the tests show that the
 // emulator notices.
-#include <exception>
-#include <string>
-
 #include "common/device.cuh"
+#include "exports.h"
 
 namespace vitkernels {
 namespace {
-
-template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                   const Arguments&... arguments) {
-  static std::string message;
-  try {
-    emulator::launch(kernel, {grid, block, shared_bytes}, arguments...);
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
 
 VK_DEVICE int linear_thread() {
   return static_cast<int>(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z));
@@ -226,8 +211,6 @@ __global__ void order_kernel(int* counter, int* order) {
 }  // namespace vitkernels
 
 using namespace vitkernels;
-
-#define EXPORT extern "C" __attribute__((visibility("default"))) const char*
 
 EXPORT indices(int gx, int gy, int gz, int bx, int by, int bz, int* where) {
   return launch(indices_kernel, dim3(gx, gy, gz), dim3(bx, by, bz), 0, where);

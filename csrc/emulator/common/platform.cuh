@@ -24,6 +24,7 @@
       [] {}, ::vitkernels::emulator::Place::here())
 #define VK_DYNAMIC_SHARED(type, name) \
   type* name = static_cast<type*>(::vitkernels::emulator::dynamic_shared())
+#define VK_SWIZZLED_SHARED(type, name) VK_DYNAMIC_SHARED(type, name)
 
 using dim3 = vitkernels::emulator::Index3;
 #define threadIdx (::vitkernels::emulator::running->thread_index)
@@ -47,6 +48,9 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+inline int min(int a, int b) { return a < b ? a : b; }  // [CUDA Math API: "Integer Functions"]
+inline int max(int a, int b) { return a < b ? b : a; }
 
 using VkPlace = vitkernels::emulator::Place;  // where a call is, for messages
 
@@ -178,6 +182,19 @@ void check_launch_bounds(VkPlace place = VkPlace::here()) {
                        " threads a block; __launch_bounds__ promises at most " +
                        std::to_string(MAX_THREADS),
                    place);
+}
+
+inline uint32_t shared_address(const void* p, VkPlace place = VkPlace::here()) {
+  return emulator::shared_offset("shared_address", p, 1, 1, place);
+}
+
+// ---- Barriers of a part of the block [P: barrier.sync, barrier.arrive]
+
+inline void barrier_sync(int id, int threads, VkPlace place = VkPlace::here()) {
+  emulator::meet_part("barrier_sync", id, threads, true, place);
+}
+inline void barrier_arrive(int id, int threads, VkPlace place = VkPlace::here()) {
+  emulator::meet_part("barrier_arrive", id, threads, false, place);
 }
 
 // ---- Bits

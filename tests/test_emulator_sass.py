@@ -1,0 +1,68 @@
+"""What nvcc makes of the kernels that test the tensor-core primitives: no warning, no spill, and
+the instructions that they are there for, counted."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import pytest
+from compiled_code import disassembler, sass
+from native_build import CSRC, NVCC, ROOT, cached_build, files_under
+
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH: nothing to compile"),
+    pytest.mark.skipif(disassembler() is None, reason="cuobjdump and nvdisasm are not here"),
+]
+
+FLAGS = ["-std=c++17", "-O3", "--Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", "-cubin"]
+FLAGS += ["-Xptxas=-v,-warn-spills", "-I", str(CSRC)]
+FOLDER = ROOT / "tests" / "emulator"
+
+
+@cache
+def instructions(source: str, arch: str) -> dict[str, list[str]]:
+    """{kernel: SASS} of a file of tests/emulator/, compiled without warning or spill."""
+    command = [NVCC, *FLAGS, f"-arch={arch}", str(FOLDER / source)]
+    inputs = files_under(CSRC / "common", FOLDER)
+    path, said = cached_build(f"{source}.{arch}.cubin", command, inputs)
+    assert "warning" not in said.lower()
+    stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said)
+    assert stacks and set(stacks) == {("0", "0")}
+    return sass(path, arch)
+
+
+def count(kernel: list[str], pattern: str) -> int:
+    return sum(re.search(rf"\b{pattern}\b", line) is not None for line in kernel)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("kernel", ["<1,0,0>", "<1,1,0>", "<2,1,0>"])
+def test_product_sm80(arch, kernel):
+    code = instructions("sm80.cu", arch)[f"product_kernel{kernel}"]
+    bf16 = r"HMMA\.16816\.F32\.BF16" if kernel.startswith("<1") else r"HMMA\.16816\.F32"
+    assert count(code, bf16) == count(code, "HMMA") == 32  # 4 steps of k x 8 columns of tiles
+    assert count(code, r"LDSM\.16\.M88\.4") == count(code, "LDSM") == 20  # 4 x (1 of A + 4 of B)
+    assert count(code, r"LDGSTS\.E\.BYPASS\.128\S*") == count(code, "LDGSTS") == 8  # of 1024 chunks
+    assert count(code, "LDGDEPBAR") == 2 and count(code, r"DEPBAR\.LE") == 2
+    assert count(code, r"BAR\.SYNC") == 2
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_ldmatrix(n):
+    code = instructions("sm80.cu", "sm_80")
+    suffix = "" if n == 1 else rf"\.{n}"
+    assert count(code[f"load_matrices_kernel<{n},0>"], rf"LDSM\.16\.M88{suffix}") == 1
+    assert count(code[f"load_matrices_kernel<{n},1>"], rf"LDSM\.16\.MT88{suffix}") == 1
+
+
+@pytest.mark.parametrize("bytes_", [4, 8, 16])
+def test_cp_async(bytes_):
+    code = instructions("sm80.cu", "sm_80")[f"copy_async_kernel<{bytes_},0>"]
+    width = {4: r"LDGSTS\.E", 8: r"LDGSTS\.E\.64", 16: r"LDGSTS\.E\.BYPASS\.128"}[bytes_]
+    assert count(code, width) == count(code, "LDGSTS") == 1
+
+
+def test_barriers_of_a_part_of_the_block():
+    code = instructions("sm80.cu", "sm_80")["pairs_kernel<0>"]
+    assert count(code, r"BAR\.SYNC") and count(code, r"BAR\.ARV")
