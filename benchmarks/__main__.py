@@ -24,6 +24,7 @@ from . import (
     bench_models,
     bench_patch_embed,
     bench_patch_merge,
+    bench_window_attention,
 )
 from .harness import Limits, Result, measure
 
@@ -35,6 +36,7 @@ OPS = {
     ),
     "patch_embed": bench_patch_embed.cases,
     "patch_merge_layer_norm": bench_patch_merge.cases,
+    "window_attention": bench_window_attention.cases,
     "linear_gelu": lambda everything: bench_linear_gelu.cases(everything, "linear_gelu"),
     "linear": lambda everything: bench_linear_gelu.cases(everything, "linear"),
 }

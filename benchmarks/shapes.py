@@ -39,6 +39,17 @@ PATCH_MERGE_TARGETS = {
     ("swin_tiny_stage1", FP32, BOTH): {"best": (1.5, 2.0)},
     ("swin_tiny_stage2", BF16, FORWARD): {"best": (2.0, 2.5)},
 }
+# Of 7x7 windows, the best of timm's composition, SDPA with the mask, and torch.compile of either.
+WINDOW_ATTENTION_TARGETS = {
+    (name, dtype, direction): {"best": aim}
+    for name in ("swin_tiny_stage1", "swin_tiny_stage1_shifted", "swin_tiny_stage3_shifted")
+    for dtype, direction, aim in (
+        (BF16, FORWARD, (2.0, 3.0)),
+        (FP32, FORWARD, (1.5, 2.0)),
+        (BF16, BOTH, (1.6, 2.2)),
+        (FP32, BOTH, (1.6, 2.2)),
+    )
+}
 # The peers of a Linear are GEMM libraries; "best" is the faster of oneDNN's and MKL's.
 PATCH_EMBED_TARGETS = {
     (name, dtype, FORWARD): {"eager": (1.5, 1.5), "compile eager": (1.2, 1.2)}

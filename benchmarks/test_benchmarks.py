@@ -9,6 +9,7 @@ from . import (
     bench_linear_gelu,
     bench_patch_embed,
     bench_patch_merge,
+    bench_window_attention,
 )
 from .harness import check, problem_of
 
@@ -18,6 +19,7 @@ MODULES = (
     bench_patch_embed,
     bench_patch_merge,
     bench_linear_gelu,
+    bench_window_attention,
 )
 CASES = [case for module in MODULES for case in module.cases()]
 PEERS = [
