@@ -2,6 +2,7 @@
 
 from .maps import attention_maps, attention_rollout
 from .swin import FusedSwin
+from .swin_features import FeaturePyramid
 from .vit import FusedViT
 
-__all__ = ["FusedSwin", "FusedViT", "attention_maps", "attention_rollout"]
+__all__ = ["FeaturePyramid", "FusedSwin", "FusedViT", "attention_maps", "attention_rollout"]

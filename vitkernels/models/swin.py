@@ -19,7 +19,7 @@ from ..nn.pending import add, add_norm, fusable
 from ..nn.watched import global_hooks, hooked, untouched
 from .init import init_weights
 from .loaders import SwinLoaders
-from .swin_checks import check_pool, check_swin, per_stage
+from .swin_checks import check_pool, check_swin, number_of_stages, per_stage
 from .swin_features import SwinFeatures
 from .swin_windows import scaled_windows, stage_windows
 
@@ -75,7 +75,7 @@ class FusedSwin(SwinLoaders, SwinFeatures, nn.Module):
     ):
         super().__init__()
         where = {"device": device, "dtype": dtype}
-        stages = len(depths)
+        stages = number_of_stages(depths)
         widths = per_stage("embed_dim", embed_dim, stages, doubling=True)
         head_dims = per_stage("head_dim", head_dim, stages)
         mlp_ratios = per_stage("mlp_ratio", mlp_ratio, stages)

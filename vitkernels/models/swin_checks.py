@@ -19,6 +19,12 @@ def per_stage(name: str, value, stages: int, doubling: bool = False) -> tuple:
     return tuple(value)
 
 
+def number_of_stages(depths) -> int:
+    if not isinstance(depths, (tuple, list)) or len(depths) == 0:
+        fail(OWNER, "depths", "one number of blocks for each stage", describe(depths))
+    return len(depths)
+
+
 def check_pool(owner: str, global_pool: str) -> None:
     _one_of(owner, "global_pool", global_pool, POOLS)
 
@@ -35,8 +41,6 @@ def check_swin(
         fail(OWNER, "weight_init", "'' or 'skip' with version=2", repr(weight_init))
     _one_of(OWNER, "pad_mode", pad_mode, PAD_MODES)
     _one_of(OWNER, "window_clamp", window_clamp, WINDOW_CLAMPS)
-    if stages == 0:
-        fail(OWNER, "depths", "one number of blocks for each stage", describe(depths))
     for name, values in (
         ("num_heads", num_heads),
         ("pretrained_window_sizes", pretrained_window_sizes),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..nn.layer_norm import LayerNorm
 from ..nn.windows import Pair, Windows
 from ..ops.window_attention.reference import to_windows
 
@@ -88,15 +89,15 @@ class SwinFeatures:
         """A WindowMap of every block, first block first. Only this call computes them."""
         maps: list[WindowMap] = []
 
-        def keep(attn: nn.Module, inputs: tuple) -> None:
-            x, windows = inputs
+        def keep(attn: nn.Module, inputs: tuple, options: dict) -> None:
+            x, windows = inputs[0], options["windows"]
             H, W = x.shape[1:3]
             tokens = token_of_window(H, W, windows)
             weights = attn.weights(x, windows)
             maps.append(WindowMap(weights, tokens, windows.size, windows.shift, (H, W)))
 
         blocks = [block for stage in self.layers for block in stage.blocks]
-        handles = [block.attn.register_forward_pre_hook(keep) for block in blocks]
+        handles = [block.attn.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
         try:
             self.forward_features(images)
         finally:
@@ -109,3 +110,37 @@ def token_of_window(H: int, W: int, windows: Windows) -> Tensor:
     """(windows, N): the token of an H x W map that each place of each window holds, -1: padding."""
     numbered = torch.arange(1, H * W + 1).reshape(1, H, W, 1)
     return to_windows(windows.fit(numbered), windows.size, windows.shift)[0, :, :, 0] - 1
+
+
+class FeaturePyramid(nn.Module):
+    """NCHW maps of the stages `indices` of a FusedSwin, for detection and segmentation.
+
+        pyramid = FeaturePyramid(FusedSwin(strict_img_size=False), norms=True)
+        c2, c3, c4, c5 = pyramid(images)
+
+    norms: each map goes through a LayerNorm of its own, norm{stage}, as in Microsoft's detection
+    code. What the maps do not need is pruned from the model. channels and reductions tell a neck
+    the width and stride of each map.
+    """
+
+    def __init__(self, model: nn.Module, indices: int | list[int] | None = None, norms=False):
+        super().__init__()
+        info = list(model.feature_info)
+        wanted = len(info) if indices is None else indices
+        self.indices = sorted(set(model.prune_intermediate_layers(wanted, prune_norm=True)))
+        self.channels = [info[i]["num_chs"] for i in self.indices]
+        self.reductions = [info[i]["reduction"] for i in self.indices]
+        self.model, some = model, next(model.parameters())
+        if norms:
+            for i, width in zip(self.indices, self.channels, strict=True):
+                norm = LayerNorm(width, eps=1e-5, device=some.device, dtype=some.dtype)
+                self.add_module(f"norm{i}", norm)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps = self.model.forward_intermediates(
+            images, self.indices, output_fmt="NHWC", intermediates_only=True
+        )
+        if hasattr(self, f"norm{self.indices[0]}"):
+            named = zip(self.indices, maps, strict=True)
+            maps = [self.get_submodule(f"norm{i}")(x) for i, x in named]
+        return [x.permute(0, 3, 1, 2).contiguous() for x in maps]

@@ -59,7 +59,7 @@ class SwinBlock(WindowedBlock):
 
     def forward(self, x: Tensor | Pending) -> Tensor | Pending:
         y, stream = add_norm(x if isinstance(x, Pending) else Pending(x), self.norm1)
-        branch = self.attn(y, self.windows(*y.shape[1:3]))
+        branch = self.attn(y, windows=self.windows(*y.shape[1:3]))
         y, stream = add_norm(left(stream, branch, self.drop_path1), self.norm2)
         pending = left(stream, self.mlp(y), self.drop_path2)
         return pending if isinstance(x, Pending) else add(pending)

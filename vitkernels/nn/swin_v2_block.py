@@ -64,6 +64,6 @@ class SwinV2Block(WindowedBlock):
             nn.init.zeros_(norm.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.attn(x, self.windows(*x.shape[1:3]))
+        branch = self.attn(x, windows=self.windows(*x.shape[1:3]))
         x = norm_add(branch, x, self.norm1, self.drop_path1)
         return norm_add(self.mlp(x), x, self.norm2, self.drop_path2)

@@ -1,0 +1,339 @@
+"""What people do with a FusedSwin besides calling it: compiling, copying, methods, images."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from swin_pairs import ROUNDING, images, logits_and_grads, needs_timm, pair, same, settings
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from vitkernels import FusedSwin
+from vitkernels.models import FeaturePyramid
+
+pytestmark = pytest.mark.skipif(**needs_timm)
+SHALLOW = {
+    "v1": {"depths": (2, 1), "num_heads": (1, 2)},
+    "v2": {"depths": (2, 1), "num_heads": (1, 2)},
+    "v1_odd_maps": {"depths": (2, 1), "num_heads": (1, 2)},
+}
+
+
+# --- checkpointing, compiling, copying ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_gradient_checkpointing_changes_nothing(name):
+    _, ours = pair(name, drop_path_rate=0.4, attn_drop_rate=0.2, proj_drop_rate=0.1)
+    ours.train()
+    x, results = images(name, batch=4), []
+    for enabled in (False, True):
+        ours.set_grad_checkpointing(enabled)
+        torch.manual_seed(6)
+        results.append(logits_and_grads(ours, x))
+    same(results[1], results[0])
+
+
+@pytest.mark.parametrize(
+    "name, mode",
+    [
+        ("v1", "train"),
+        ("v1", "checkpointing"),
+        ("v1_odd_maps", "eval"),
+        ("v2", "train"),
+        ("v2", "autocast"),
+    ],
+)
+def test_compiles_as_one_graph(name, mode):
+    _, ours = pair(name, drop_path_rate=0.3, attn_drop_rate=0.1, **SHALLOW[name])
+    ours.train(mode in ("train", "checkpointing"))
+    ours.set_grad_checkpointing(mode == "checkpointing")
+    x = images(name, batch=3)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    results = []
+    for model in (ours, compiled):
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            got = logits_and_grads(model, x)
+        results.append({key.removeprefix("_orig_mod."): value for key, value in got.items()})
+    same(results[1], results[0], 2e-2 if mode == "autocast" else ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_dynamic_batch_compiles_once(name):
+    _, ours = pair(name, **SHALLOW[name])
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for batch in (2, 3, 5, 7):
+            x = images(name, batch=batch)
+            torch._dynamo.mark_dynamic(x, 0)
+            same({"y": compiled(x)}, {"y": ours(x)})
+    assert counter.frame_count == 1
+
+
+def test_sizes_may_change_under_compile():
+    _, ours = pair("v1", strict_img_size=False, **SHALLOW["v1"])
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for size in ((64, 64), (52, 76), (96, 40)):
+            x = torch.randn(1, 3, *size)
+            same({"y": compiled(x)}, {"y": ours(x)})
+
+
+@pytest.mark.parametrize("name", ["v1_odd_maps", "v2"])
+def test_torch_export(name):
+    _, ours = pair(name, **SHALLOW[name])
+    x = images(name)
+    program = torch.export.export(ours, (x,))
+    same({"y": program.module()(x)}, {"y": ours(x)})
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "state_dict", "meta"])
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_copies(name, how):
+    _, ours = pair(name)
+    x, buffer = images(name), io.BytesIO()
+    if how == "deepcopy":
+        other = copy.deepcopy(ours)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(ours))
+    elif how == "torch.save":
+        torch.save(ours, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    elif how == "meta":
+        other = FusedSwin(**settings(name), pad_mode="timm", device="meta").eval()
+        other.to_empty(device="cpu").load_state_dict(ours.state_dict())
+    else:
+        _, other = pair(name)
+        assert not torch.equal(other(x), ours(x))
+        torch.save(ours.state_dict(), buffer)
+        buffer.seek(0)
+        other.load_state_dict(torch.load(buffer), strict=True)
+    assert torch.equal(other(x), ours(x))
+    with torch.no_grad():
+        next(iter(other.parameters())).add_(1)
+    assert not torch.equal(other(x), ours(x))
+
+
+def test_position_biases_of_v2_follow_their_parameters():
+    """Nothing about the table is kept from one forward to the next."""
+    _, ours = pair("v2", depths=(1,), num_heads=(1,))
+    attn, x = ours.layers[0].blocks[0].attn, images("v2")
+    with torch.no_grad():
+        before = ours(x)
+        attn.cpb_mlp[2].weight.mul_(-1.0)
+        assert not torch.equal(ours(x), before)
+        attn.cpb_mlp[2].weight.mul_(-1.0)
+        assert torch.equal(ours(x), before)
+    halved = copy.deepcopy(ours).bfloat16().float()  # coordinates are never rounded twice
+    table = halved.layers[0].blocks[0].attn.relative_coords_table
+    assert torch.equal(table, attn.relative_coords_table)
+    buffers = dict(ours.named_buffers())
+    assert not set(buffers) & set(ours.state_dict())
+    assert {"layers.0.blocks.0.attn.k_bias"} < set(buffers)
+
+
+def test_functional_gradients():
+    _, ours = pair("v1", **SHALLOW["v1"])
+    x = images()
+    parameters = dict(ours.named_parameters())
+
+    def loss(values):
+        return torch.func.functional_call(ours, values, (x,)).square().sum()
+
+    functional = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    same(functional, {name: p.grad for name, p in parameters.items()})
+
+
+def test_frozen_parameters_get_no_gradient():
+    _, ours = pair("v1", **SHALLOW["v1"])
+    for name, parameter in ours.named_parameters():
+        parameter.requires_grad_("head" in name or "bias_table" in name)
+    ours(images()).sum().backward()
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad is not None) == ("head" in name or "bias_table" in name)
+
+
+def test_uint8_images():
+    _, ours = pair("v1")
+    x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normalised = (x / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    same({"y": ours(x)}, {"y": ours(normalised)})
+    gray = FusedSwin(**settings("v1", in_chans=1))
+    assert gray.patch_embed.mean.tolist() == pytest.approx([0.449])
+
+
+# --- timm's methods -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"indices": 2, "norm": True},
+        {"indices": [0, -1]},
+        {"indices": [1], "stop_early": True},
+        {"indices": (0, 1), "intermediates_only": True, "norm": True},
+        {"indices": 1, "stop_early": True, "norm": True},
+    ],
+)
+@pytest.mark.parametrize("name", ["v1_odd_maps", "v2"])
+def test_forward_intermediates(name, options):
+    theirs, ours = pair(name)
+    x = images(name)
+    expected = torch.utils._pytree.tree_flatten(theirs.forward_intermediates(x, **options))
+    got = torch.utils._pytree.tree_flatten(ours.forward_intermediates(x, **options))
+    assert got[1] == expected[1]
+    for a, b in zip(got[0], expected[0], strict=True):
+        assert a.shape == b.shape and a.is_contiguous()
+        assert (a - b).norm() <= 2e-6 * b.norm()
+    last, maps = ours.forward_intermediates(x, output_fmt="NHWC")
+    _, nchw = ours.forward_intermediates(x)
+    assert all(torch.equal(a.permute(0, 3, 1, 2), b) for a, b in zip(maps, nchw, strict=True))
+
+
+@pytest.mark.parametrize("indices", [1, [0], [0, 1], [1, 2]])
+@pytest.mark.parametrize("flags", [{}, {"prune_norm": True}, {"prune_head": False}])
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_pruning(name, indices, flags):
+    theirs, ours = pair(name)
+    x = images(name)
+    taken = [m.prune_intermediate_layers(indices, **flags) for m in (theirs, ours)]
+    assert taken[1] == taken[0]
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for attribute in ("num_features", "head_hidden_size", "_ref_window_sizes", "num_classes"):
+        assert getattr(ours, attribute) == getattr(theirs, attribute)
+    same({"y": ours(x)}, {"y": theirs(x)})
+    for model in (theirs, ours):
+        model.set_input_size(img_size=(32, 96))
+        model.reset_classifier(3, "avg")
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 32, 96)
+    same({"y": ours(x)}, {"y": theirs(x)})
+
+
+@pytest.mark.parametrize("name", ["v1", "v1_features", "v2"])
+@pytest.mark.parametrize("pool", [None, "", "avg", "max", "avgmax", "catavgmax"])
+def test_another_classifier(name, pool):
+    theirs, ours = pair(name)
+    x = images(name)
+    pooled = [m.forward_head(m.forward_features(x), pre_logits=True) for m in (theirs, ours)]
+    same({"y": pooled[1]}, {"y": pooled[0]})
+    for model in (theirs, ours):
+        model.reset_classifier(4, pool)
+    ours.head.load_state_dict(theirs.head.state_dict())
+    same(logits_and_grads(ours, x), logits_and_grads(theirs, x), 2e-5)
+    for attribute in ("num_classes", "global_pool", "head_hidden_size"):
+        assert getattr(ours, attribute) == getattr(theirs, attribute)
+    assert ours.get_classifier() is ours.head.fc
+    for model in (theirs, ours):
+        model.train().reset_classifier(0, pool)
+        assert isinstance(model.get_classifier(), nn.Identity)
+    assert ours.head.fc.training
+    same({"y": ours.eval()(x)}, {"y": theirs.eval()(x)})
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_what_optimizers_ask(name):
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    theirs, ours = pair(name)
+    assert ours.no_weight_decay() == theirs.no_weight_decay()
+    for coarse in (False, True):
+        assert ours.group_matcher(coarse) == theirs.group_matcher(coarse)
+    assert ours.feature_info == theirs.feature_info
+    for make in (param_groups_weight_decay, param_groups_layer_decay):
+        expected, got = make(theirs, 0.05), make(ours, 0.05)
+        assert [len(g["params"]) for g in got] == [len(g["params"]) for g in expected]
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("indices", [None, (0, 2), 2, (1,)])
+def test_feature_pyramid(norms, indices):
+    theirs, ours = pair("v1_odd_maps")
+    x = images("v1_odd_maps")
+    expected = theirs.forward_intermediates(x, indices, intermediates_only=True)
+    pyramid = FeaturePyramid(ours, indices, norms=norms)
+    maps = pyramid(x)
+    assert pyramid.channels == [m.shape[1] for m in maps] and len(maps) == len(expected)
+    assert pyramid.reductions == [4 * 2 ** pyramid.indices[i] for i in range(len(maps))]
+    for got, truth in zip(maps, expected, strict=True):
+        if norms:
+            truth = nn.functional.layer_norm(truth.permute(0, 2, 3, 1), truth.shape[1:2])
+            truth = truth.permute(0, 3, 1, 2)
+        same({"y": got}, {"y": truth})
+    names = {name.split(".")[0] for name in pyramid.state_dict()}
+    assert names == {"model"} | {f"norm{i}" for i in pyramid.indices} if norms else {"model"}
+    sum(m.sum() for m in maps).backward()
+
+
+# --- bad arguments --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ({"img_size": 0}, "img_size must be a positive integer"),
+        ({"patch_size": (4, 0)}, "patch_size must be a positive integer"),
+        ({"global_pool": "token"}, "global_pool must be one of '', 'avg'"),
+        ({"embed_dim": 0}, "embed_dim must be a positive integer"),
+        ({"embed_dim": (32, 64)}, "embed_dim must be one value or one for each of 3 stages"),
+        ({"num_heads": (3, 2, 4)}, "embed_dim must be a multiple of num_heads"),
+        ({"depths": ()}, "depths must be one number of blocks for each stage"),
+        ({"depths": (2, 0, 2)}, "depths must be a positive integer"),
+        ({"depths": 2}, "depths must be one number of blocks for each stage"),
+        ({"num_heads": (1, 2)}, "num_heads must be one for each of 3 stages"),
+        ({"num_heads": 3}, "num_heads must be one for each of 3 stages"),
+        ({"num_heads": (1, 2, -4)}, "num_heads must be a positive integer"),
+        ({"head_dim": 0}, "head_dim must be a positive integer"),
+        ({"head_dim": 16, "version": 2}, "head_dim must be None with version=2"),
+        ({"window_size": 0}, "window_size must be a positive integer"),
+        ({"window_size": 7.0}, "window_size must be a positive integer"),
+        ({"window_size": (7, 7, 7, 7)}, "window_size must be .* each of 3 stages"),
+        ({"window_size": (4, 6), "window_clamp": "min"}, "window_size must be square"),
+        ({"mlp_ratio": 0}, "mlp_ratio must be a positive number"),
+        ({"drop_rate": 1.5}, "drop_rate must be a probability"),
+        ({"attn_drop_rate": 1.0}, "attn_drop_rate must be a probability"),
+        ({"proj_drop_rate": -0.1}, "proj_drop_rate must be a probability"),
+        ({"drop_path_rate": "0.1"}, "drop_path_rate must be a probability"),
+        ({"norm_layer": "batchnorm"}, "norm_layer must be one of LayerNorm"),
+        ({"act_layer": nn.ReLU}, "act_layer must be one of GELU"),
+        ({"embed_layer": nn.Conv2d}, "embed_layer must be one of PatchEmbed"),
+        ({"pretrained_window_sizes": (8,), "version": 2}, "pretrained_window_sizes must be one"),
+        ({"pretrained_window_sizes": 8, "version": 2}, "pretrained_window_sizes must be one"),
+        ({"weight_init": "xavier"}, "weight_init must be one of"),
+        ({"version": 3}, "version must be one of 1, 2"),
+        ({"pad_mode": "zeros"}, "pad_mode must be one of 'pad_roll', 'timm'"),
+        ({"window_clamp": "both"}, "window_clamp must be one of 'axis', 'min', 'pad'"),
+        ({"std": 0.0}, "std must be above 0"),
+        ({"mean": (0.5, 0.5)}, "mean must be a float or 3 floats"),
+    ],
+    ids=str,
+)
+def test_bad_constructor_arguments(arguments, sentence):
+    with pytest.raises((TypeError, ValueError), match=sentence) as error:
+        FusedSwin(**settings("v1", **arguments), device="meta")
+    assert "\n" not in str(error.value)
+
+
+def test_bad_calls():
+    _, ours = pair("v1")
+    with pytest.raises(AssertionError, match="image is 40x32, the model takes"):
+        ours(torch.randn(1, 3, 40, 32))
+    with pytest.raises(ValueError, match="stage indices must be in"):
+        ours.forward_intermediates(images(), indices=4)
+    with pytest.raises(ValueError, match="stage indices must be in"):
+        FeaturePyramid(ours, (0, 3))
+    with pytest.raises(ValueError, match="output_fmt must be NCHW or NHWC"):
+        ours.forward_intermediates(images(), output_fmt="NLC")
+    with pytest.raises(ValueError, match="reset_classifier: global_pool must be one of"):
+        ours.reset_classifier(3, "token")
