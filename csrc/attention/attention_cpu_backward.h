@@ -85,33 +85,6 @@ struct BackwardScratch {
   }
 };
 
-VK_INLINE Vec zero_where_zero(Vec test, Vec x) {
-#if defined(__AVX512F__)
-  const __mmask16 keep =
-      _mm512_cmp_ps_mask(reinterpret_cast<__m512>(test), _mm512_setzero_ps(), _CMP_NEQ_UQ);
-  return reinterpret_cast<Vec>(_mm512_maskz_mov_ps(keep, reinterpret_cast<__m512>(x)));
-#else
-  return as_float(as_int(x) & (test != Vec{}));
-#endif
-}
-
-// One row of P and dP, turned into normalised P and dS vector by vector.
-struct GradRow {
-  const float *probs, *dprobs, *factors;  // factors: dropout, or null
-  float inverse, delta;                   // P is probs * inverse
-
-  VK_INLINE void at(int64_t j, Vec& p, Vec& ds) const {
-    const Vec unscaled = load(probs + j);
-    p = unscaled * splat(inverse);
-    Vec dp = load(dprobs + j);
-    if (factors != nullptr) dp = dp * load(factors + j);
-    ds = zero_where_zero(
-        unscaled,
-        p * (dp - splat(delta)));  // a masked key has no gradient even if dP is not finite
-    if (factors != nullptr) p = p * load(factors + j);
-  }
-};
-
 // A row whose P and dS are made already.
 struct StoredRow {
   const float *probs, *dscores;
@@ -137,16 +110,13 @@ inline void grad_row(const GradRow& row, int64_t n, float* p_out, float* ds_out)
 template <class Row>
 void round_row_pair(const Row& even, const Row& odd, bool has_odd, int64_t n, Bf16Pair* p_columns,
                     Bf16Pair* ds_columns, Bf16Pair* ds_even, Bf16Pair* ds_odd) {
-  const __m512i interleave =
-      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                       21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   for (int64_t j = 0; j < n; j += kVec) {
     Vec p0, p1 = {}, ds0, ds1 = {};
     even.at(j, p0, ds0);
     if (has_odd) odd.at(j, p1, ds1);
     const __m512i p = round_to_bf16(p1, p0), ds = round_to_bf16(ds1, ds0);
-    _mm512_storeu_si512(p_columns + j, _mm512_permutexvar_epi16(interleave, p));
-    _mm512_storeu_si512(ds_columns + j, _mm512_permutexvar_epi16(interleave, ds));
+    _mm512_storeu_si512(p_columns + j, interleave_halves(p));
+    _mm512_storeu_si512(ds_columns + j, interleave_halves(ds));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds_even + j / 2), _mm512_castsi512_si256(ds));
     if (has_odd)
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds_odd + j / 2),
@@ -310,17 +280,6 @@ struct HeadBackward {
     }
     store(s.partial_sums + r * kVec, sum);
     store(s.partial_dots + r * kVec, dot);
-  }
-
-  // The row of an lse of +inf: +inf becomes NaN (inf - inf), -inf stays masked, and finite scores
-  // get the least P that is not 0, because their dS is 0 * NaN and not that of a masked key.
-  static void settle_infinite(float* scores, int64_t columns, Vec scale) {
-    const Vec nan = splat(__builtin_nanf("")), masked = splat(-kInf),
-              least = splat(-125.0f) / scale;
-    for (int64_t j = 0; j < columns; j += kVec) {
-      const Vec x = load(scores + j);
-      store(scores + j, select(x == masked, masked, select(x < splat(kInf), least, nan)));
-    }
   }
 
   GradRow row(int64_t r) const {

@@ -52,66 +52,6 @@ struct ForwardScratch {
   }
 };
 
-VK_INLINE void store_probabilities(float* out, int64_t v, Vec p) { store(out + v * kVec, p); }
-
-VK_INLINE void store_probabilities(float* out, int64_t v, Vec low, Vec high) {
-  store(out + v * kVec, low);
-  store(out + (v + 1) * kVec, high);
-}
-
-#if defined(__AVX512BF16__)
-VK_INLINE void store_probabilities(Bf16Pair* out, int64_t v, Vec low, Vec high = Vec{}) {
-  _mm512_storeu_si512(out + v * kVec / 2, round_to_bf16(high, low));
-}
-#endif
-
-// Lane-wise maximum of a row of whole vectors.
-VK_INLINE Vec row_max(const float* scores, int64_t vecs) {
-  Vec high[4] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};
-  int64_t v = 0;
-  for (; v + 4 <= vecs; v += 4)
-    for (int u = 0; u < 4; ++u) high[u] = max_of_numbers(high[u], load(scores + (v + u) * kVec));
-  for (; v < vecs; ++v) high[0] = max_of_numbers(high[0], load(scores + v * kVec));
-  return max_of_numbers(max_of_numbers(high[0], high[1]), max_of_numbers(high[2], high[3]));
-}
-
-// p = 2^((s - top) * scale) over a row of whole vectors, times the dropout factors where there are
-// some; P is rounded to bf16 when units are pairs. Returns the lane-wise sum before dropout and
-// rounding.
-template <class Unit>
-VK_INLINE Vec row_probabilities(const float* scores, int64_t vecs, float scale, float top,
-                                const float* factors, Unit* out) {
-  const Vec factor = splat(scale), most = splat(top);
-  Vec sum[2] = {Vec{}, Vec{}};
-  const auto probability = [&](int64_t v, Vec& total) {
-    const Vec p = exp2((load(scores + v * kVec) - most) * factor);
-    total = total + p;
-    return factors == nullptr ? p : p * load(factors + v * kVec);
-  };
-  int64_t v = 0;
-  for (; v + 2 <= vecs; v += 2) {
-    const Vec low = probability(v, sum[0]), high = probability(v + 1, sum[1]);
-    store_probabilities(out, v, low, high);
-  }
-  if (v < vecs) store_probabilities(out, v, probability(v, sum[0]));
-  return sum[0] + sum[1];
-}
-
-// From sums and largest scores of rows to what they are wanted for, in place: sums become the
-// factor kept / sum that normalises a row, 0 for a masked row; tops become log sum exp. As in
-// torch.logsumexp a row with +inf gives +inf, although its sum is NaN (inf - inf), and a masked row
-// gives -inf.
-inline void finish_sums(float* sums, float* tops, int64_t rows, float scale, float kept) {
-  for (int64_t r = 0; r < rows; r += kVec) {
-    const Vec sum = load(sums + r), top = load(tops + r);
-    const IVec masked = sum == Vec{};
-    const Vec lse = fma(top, splat(scale), log(sum));
-    const Vec special = select(masked, splat(-kInf), select(top == splat(kInf), top, sum));
-    store(tops + r, select(masked | (sum != sum), special, lse));
-    store(sums + r, select(masked, Vec{}, splat(kept) / sum));
-  }
-}
-
 template <class T>
 void forward_items(const AttentionArgs& a, int64_t begin, int64_t end, void* memory) {
   using Unit = typename UnitOf<T>::type;
@@ -152,9 +92,11 @@ void forward_items(const AttentionArgs& a, int64_t begin, int64_t end, void* mem
       // stands for its largest score.
       if (s.tops[r] == -kInf) s.tops[r] = 0.0f;
       if (a.dropout) dropout_row(a, head, i0 + r, 0, a.Nk, 1.0f, s.factors);
-      const Vec sum = row_probabilities(s.scores + r * s.score_stride, vecs, scale, s.tops[r],
-                                        a.dropout ? s.factors : nullptr,
-                                        s.probabilities + r * s.probability_stride);
+      const float* scores = s.scores + r * s.score_stride;
+      const Vec factor = splat(scale), top = splat(s.tops[r]);
+      const Vec sum = row_probabilities(
+          vecs, a.dropout ? s.factors : nullptr, s.probabilities + r * s.probability_stride,
+          [&](int64_t v) { return (load(scores + v * kVec) - top) * factor; });
       store(s.partials + r * kVec, sum);
     }
     reduce_lanes(s.partials, rows, s.sums, [](Vec x, Vec y) { return x + y; });

@@ -240,18 +240,27 @@ VK_INLINE void transpose_step(Vec (&rows)[kVec]) {
   if constexpr (kDistance > 1) transpose_step<kDistance / 2>(rows);
 }
 
-// kVec rows of units, transposed, to rows of a panel `out_stride` floats apart; kFull: all of the
-// block exists in src.
-template <bool kFull, class Unit, class T>
-VK_INLINE void pack_block(const T* src, int64_t stride, int64_t rows, int64_t elements,
-                          int64_t units, float* out, int64_t out_stride) {
+// Where row r of an operand begins, when rows are evenly apart; packing takes any such function.
+template <class T>
+struct EvenRows {
+  const T* data;
+  int64_t stride;
+
+  VK_INLINE const T* operator()(int64_t r) const { return data + r * stride; }
+};
+
+// The elements from `column` of kVec rows from `first`, as units, transposed, to rows of a panel
+// `out_stride` floats apart; kFull: all of the block exists.
+template <bool kFull, class Unit, class Rows>
+VK_INLINE void pack_block(const Rows& row, int64_t first, int64_t column, int64_t rows,
+                          int64_t elements, int64_t units, float* out, int64_t out_stride) {
   Vec block[kVec];
 #pragma GCC unroll 16
   for (int r = 0; r < kVec; ++r) {
     if constexpr (kFull) {
-      block[r] = load_units<Unit>(src + r * stride, kVec * kElements<Unit>);
+      block[r] = load_units<Unit>(row(first + r) + column, kVec * kElements<Unit>);
     } else {
-      block[r] = r < rows ? load_units<Unit>(src + r * stride, elements) : Vec{};
+      block[r] = r < rows ? load_units<Unit>(row(first + r) + column, elements) : Vec{};
     }
   }
   transpose_step<kVec / 2>(block);
@@ -261,27 +270,32 @@ VK_INLINE void pack_block(const T* src, int64_t stride, int64_t rows, int64_t el
 }
 
 // B = src^T: contraction along the D elements of a row, one column per row of src (K^T of scores).
-template <class Unit, class T>
-__attribute__((noinline)) void pack_transposed(const T* src, int64_t stride, int64_t rows,
-                                               int64_t D, Unit* packed) {
+template <class Unit, class Rows>
+__attribute__((noinline)) void pack_transposed(const Rows& row, int64_t rows, int64_t D,
+                                               Unit* packed) {
   const int64_t K = units_of<Unit>(D), vecs = vecs_of(rows);
   for (int64_t v0 = 0; v0 < vecs;) {
     const int64_t width = panel_width(v0, vecs);
     for (int64_t v = 0; v < width; ++v) {
       const int64_t row0 = (v0 + v) * kVec;
       for (int64_t k = 0; k < K; k += kVec) {
-        const T* block = src + row0 * stride + k * kElements<Unit>;
+        const int64_t column = k * kElements<Unit>, elements = D - column;
         float* out = reinterpret_cast<float*>(packed + v0 * kVec * K) + (k * width + v) * kVec;
-        const int64_t elements = D - k * kElements<Unit>;
         if (rows - row0 >= kVec && elements >= kVec * kElements<Unit>) {
-          pack_block<true, Unit>(block, stride, kVec, elements, kVec, out, width * kVec);
+          pack_block<true, Unit>(row, row0, column, kVec, elements, kVec, out, width * kVec);
         } else {
-          pack_block<false, Unit>(block, stride, rows - row0, elements, K - k, out, width * kVec);
+          pack_block<false, Unit>(row, row0, column, rows - row0, elements, K - k, out,
+                                  width * kVec);
         }
       }
     }
     v0 += width;
   }
+}
+
+template <class Unit, class T>
+void pack_transposed(const T* src, int64_t stride, int64_t rows, int64_t D, Unit* packed) {
+  pack_transposed<Unit>(EvenRows<T>{src, stride}, rows, D, packed);
 }
 
 // One vector of units of packed rows: the elements of a row, or of two rows side by side (the
@@ -307,31 +321,34 @@ VK_INLINE Vec load_row_units(const T* p, int64_t stride, bool has_second, int64_
 
 // B = src: contraction along the rows, columns are the D elements (V of P * V); a last odd row is
 // paired with zeros.
-template <class Unit, class T>
-__attribute__((noinline)) void pack_rows(const T* src, int64_t stride, int64_t rows, int64_t D,
-                                         Unit* packed) {
+template <class Unit, class Rows>
+__attribute__((noinline)) void pack_rows(const Rows& row, int64_t rows, int64_t D, Unit* packed) {
   constexpr int kStep = kElements<Unit>;
   const int64_t K = units_of<Unit>(rows), whole = rows / kStep, vecs = vecs_of(D);
   for (int64_t v0 = 0; v0 < vecs;) {
     const int64_t width = panel_width(v0, vecs);
     for (int64_t v = 0; v < width; ++v) {
-      const T* column = src + (v0 + v) * kVec;
-      const int64_t n = D - (v0 + v) * kVec, row = width * kVec;
+      const int64_t column = (v0 + v) * kVec, n = D - column, out_row = width * kVec;
       float* out = reinterpret_cast<float*>(packed + v0 * kVec * K) + v * kVec;
+      const auto pack_units = [&](int64_t k, bool has_second, int64_t elements) {
+        const auto* first = row(k * kStep) + column;
+        const int64_t step = has_second ? row(k * kStep + kStep - 1) + column - first : 0;
+        store(out + k * out_row, load_row_units<Unit>(first, step, has_second, elements));
+      };
       if (n >= kVec) {
-        for (int64_t k = 0; k < whole; ++k)
-          store(out + k * row,
-                load_row_units<Unit>(column + k * kStep * stride, stride, true, kVec));
+        for (int64_t k = 0; k < whole; ++k) pack_units(k, true, kVec);
       } else {
-        for (int64_t k = 0; k < whole; ++k)
-          store(out + k * row, load_row_units<Unit>(column + k * kStep * stride, stride, true, n));
+        for (int64_t k = 0; k < whole; ++k) pack_units(k, true, n);
       }
-      if (whole < K)
-        store(out + whole * row,
-              load_row_units<Unit>(column + whole * kStep * stride, stride, false, n));
+      if (whole < K) pack_units(whole, false, n);
     }
     v0 += width;
   }
+}
+
+template <class Unit, class T>
+void pack_rows(const T* src, int64_t stride, int64_t rows, int64_t D, Unit* packed) {
+  pack_rows<Unit>(EvenRows<T>{src, stride}, rows, D, packed);
 }
 
 // The A operand: rows of units, read where they are when T allows it, widened or padded into
@@ -342,18 +359,23 @@ struct RowUnits {
   int64_t stride;
 };
 
+template <class Unit, class Rows>
+RowUnits<Unit> copied_rows(const Rows& row, int64_t rows, int64_t D, Unit* scratch) {
+  const int64_t padded = round_up(units_of<Unit>(D), kVec);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < padded; k += kVec)
+      store(reinterpret_cast<float*>(scratch + r * padded + k),
+            load_units<Unit>(row(r) + k * kElements<Unit>, D - k * kElements<Unit>));
+  return {scratch, padded};
+}
+
 template <class Unit, class T>
 RowUnits<Unit> row_units(const T* src, int64_t stride, int64_t rows, int64_t D, Unit* scratch) {
   if constexpr (kInPlace<Unit, T>) {
     if (kElements<Unit> == 1 || (D % 2 == 0 && stride % 2 == 0))
       return {reinterpret_cast<const Unit*>(src), stride / kElements<Unit>};
   }
-  const int64_t padded = round_up(units_of<Unit>(D), kVec);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < padded; k += kVec)
-      store(reinterpret_cast<float*>(scratch + r * padded + k),
-            load_units<Unit>(src + r * stride + k * kElements<Unit>, D - k * kElements<Unit>));
-  return {scratch, padded};
+  return copied_rows(EvenRows<T>{src, stride}, rows, D, scratch);
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ def _lands_soon(D: int, N: int) -> str | None:
 
 # Order of preference. qkv, bias_table and logit_scale each have their own dtype.
 BACKENDS = (
-    Backend("cpu", limit=_lands_soon),
+    Backend("cpu", limit=_size_limit),
     Backend("cuda", limit=_not_written_yet),
     Backend("triton", limit=_lands_soon),
     Backend("torch", EVERY_FLOAT),

@@ -1,0 +1,203 @@
+// Launchers of window_attention on the CPU: cheap checks, outputs, work items, registration.
+// Kernels: window_attention_cpu_kernels.cpp.
+#include "window_attention/window_attention_cpu.h"
+
+#include <cmath>
+#include <tuple>
+
+#include "common/scratch.h"
+#include "common/stable.h"
+
+namespace vitkernels {
+namespace {
+
+constexpr int64_t kMaxHeadDim = 128;
+constexpr int64_t kMaxTokens = 1024;  // of a window
+constexpr int kSharedSlot = 1;
+
+const WindowAttentionTable& kernels() { return VK_PICK_TABLE(window_attention); }
+
+void run_items(void (*kernel)(const WindowAttentionArgs&, int64_t, int64_t, void*),
+               const WindowAttentionArgs& args, int64_t items, int64_t scratch_bytes) {
+  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    kernel(args, begin, end, thread_scratch(scratch_bytes));
+  });
+}
+
+void check(const Tensor& t, const std::vector<int64_t>& shape, const char* op, const char* name) {
+  VK_CHECK(t.is_cpu(), op, name, " must be on the CPU");
+  VK_CHECK(shape_of(t) == shape, op, name, " has the wrong shape");
+}
+
+void check_like(const Tensor& t, const std::vector<int64_t>& shape, ScalarType dtype,
+                const char* op, const char* name) {
+  check(t, shape, op, name);
+  VK_CHECK(t.scalar_type() == dtype, op, name, " has the wrong dtype");
+}
+
+// `owner` holds the copy where one had to be made.
+MapView map_of(const Tensor& t, Tensor* owner) {
+  *owner = t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+  return {owner->const_data_ptr(), owner->stride(0), owner->stride(1), owner->stride(2)};
+}
+
+// What both directions are given beside qkv.
+struct Options {
+  const Tensor& bias_table;
+  const OptTensor &logit_scale, &seed;
+  int64_t window_h, window_w, shift_h, shift_w, num_heads;
+  double scale, dropout_p;
+};
+
+void set_sizes(WindowAttentionArgs* args, const Tensor& qkv, const Options& o, const char* op) {
+  VK_CHECK(qkv.is_cpu(), op, "qkv must be on the CPU");
+  VK_CHECK(qkv.dim() == 4, op, "qkv must have 4 dimensions (B, H, W, 3 * C), got ", qkv.dim());
+  args->dtype = dtype_of(qkv, op, "qkv");
+  args->B = qkv.size(0), args->H = qkv.size(1), args->W = qkv.size(2);
+  VK_CHECK(o.num_heads >= 1 && qkv.size(3) % 3 == 0 && qkv.size(3) / 3 % o.num_heads == 0, op,
+           "qkv's last dimension must be a multiple of 3 * num_heads");
+  args->heads = o.num_heads, args->D = qkv.size(3) / 3 / o.num_heads;
+  VK_CHECK(args->D >= 1 && args->D <= kMaxHeadDim, op, "head dim must be in [1, ", kMaxHeadDim,
+           "], got ", args->D);
+  const int64_t window[2] = {o.window_h, o.window_w}, shift[2] = {o.shift_h, o.shift_w},
+                size[2] = {args->H, args->W};
+  for (int d = 0; d < 2; ++d) {
+    VK_CHECK(window[d] >= 1 && window[d] <= kMaxTokens, op, "window_size must be in [1, ",
+             kMaxTokens, "], got ", window[d]);
+    VK_CHECK(shift[d] >= 0 && shift[d] < window[d], op, "shift_size must be in [0, window), got ",
+             shift[d]);
+    VK_CHECK(size[d] >= 1 && size[d] % window[d] == 0, op, "qkv of height or width ", size[d],
+             " is not cut into windows of ", window[d]);
+  }
+  VK_CHECK(window[0] * window[1] <= kMaxTokens, op, "window_size must have at most ", kMaxTokens,
+           " tokens");
+  args->Wh = window[0], args->Ww = window[1], args->shift_h = shift[0], args->shift_w = shift[1];
+}
+
+void set_options(WindowAttentionArgs* args, const Options& o, const char* op) {
+  args->scale = static_cast<float>(o.scale);
+  check(o.bias_table, {args->table_rows(), args->heads}, op, "bias_table");
+  args->bias_table = o.bias_table.const_data_ptr();
+  args->bias_row = o.bias_table.stride(0), args->bias_head = o.bias_table.stride(1);
+  args->bias_dtype = dtype_of(o.bias_table, op, "bias_table");
+  if (o.logit_scale.has_value()) {
+    const Tensor& logit = *o.logit_scale;
+    if (logit.dim() == 3) {
+      check(logit, {args->heads, 1, 1}, op, "logit_scale");
+    } else {
+      check(logit, {args->heads}, op, "logit_scale");
+    }
+    args->logit_scale = logit.const_data_ptr();
+    args->logit_step = logit.stride(0);
+    args->logit_dtype = dtype_of(logit, op, "logit_scale");
+  }
+  VK_CHECK(o.dropout_p >= 0.0 && o.dropout_p < 1.0, op, "dropout_p must be in [0, 1), got ",
+           o.dropout_p);
+  if (o.dropout_p > 0.0) {
+    VK_CHECK(o.seed.has_value() && o.seed->is_cpu() && o.seed->scalar_type() == ScalarType::Long &&
+                 o.seed->numel() == 1,
+             op, "seed must be one int64 on the CPU when dropout_p > 0");
+    args->dropout = true;
+    args->seed = static_cast<uint64_t>(*static_cast<const int64_t*>(o.seed->const_data_ptr()));
+    args->threshold = static_cast<uint64_t>(std::nearbyint(o.dropout_p * 4294967296.0));
+    args->keep_scale = static_cast<float>(1.0 / (1.0 - o.dropout_p));
+  }
+}
+
+// Sizes and options are set; makes what all windows share.
+void prepare(WindowAttentionArgs* args) {
+  const int64_t bytes = kernels().shared_floats(*args) * static_cast<int64_t>(sizeof(float));
+  args->shared = static_cast<float*>(thread_scratch<kSharedSlot>(bytes));
+  kernels().prepare(*args);
+}
+
+std::vector<int64_t> map_shape(const WindowAttentionArgs& args, int64_t parts) {
+  return {args.B, args.H, args.W, parts * args.heads * args.D};
+}
+
+std::vector<int64_t> lse_shape(const WindowAttentionArgs& args) {
+  return {args.B, args.map_windows(), args.heads, args.tokens()};
+}
+
+std::tuple<Tensor, Tensor> window_attention_fwd(Tensor qkv, Tensor bias_table,
+                                                OptTensor logit_scale, OptTensor seed,
+                                                int64_t window_h, int64_t window_w, int64_t shift_h,
+                                                int64_t shift_w, int64_t num_heads, double scale,
+                                                double dropout_p) {
+  const char* op = "window_attention_fwd";
+  const Options options{bias_table, logit_scale, seed,      window_h, window_w,
+                        shift_h,    shift_w,     num_heads, scale,    dropout_p};
+  WindowAttentionArgs args{};
+  set_sizes(&args, qkv, options, op);
+  set_options(&args, options, op);
+  Tensor owner;
+  args.qkv = map_of(qkv, &owner);
+  Tensor out = empty_like_shape(qkv, map_shape(args, 1), qkv.scalar_type());
+  Tensor lse = empty_like_shape(qkv, lse_shape(args), ScalarType::Float);
+  if (args.B == 0) return {out, lse};
+  args.out = out.mutable_data_ptr();
+  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  prepare(&args);
+  run_items(kernels().forward, args, args.windows() * args.head_groups(),
+            kernels().forward_scratch(args));
+  return {out, lse};
+}
+
+std::tuple<OptTensor, OptTensor, OptTensor> window_attention_bwd(
+    Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor bias_table, OptTensor logit_scale,
+    OptTensor seed, int64_t window_h, int64_t window_w, int64_t shift_h, int64_t shift_w,
+    int64_t num_heads, double scale, double dropout_p, std::vector<bool> output_mask) {
+  const char* op = "window_attention_bwd";
+  VK_CHECK(output_mask.size() == 3, op, "output_mask must have 3 entries, got ",
+           output_mask.size());
+  const Options options{bias_table, logit_scale, seed,      window_h, window_w,
+                        shift_h,    shift_w,     num_heads, scale,    dropout_p};
+  WindowAttentionArgs args{};
+  set_sizes(&args, qkv, options, op);
+  set_options(&args, options, op);
+  check_like(dout, map_shape(args, 1), qkv.scalar_type(), op, "dout");
+  check_like(out, map_shape(args, 1), qkv.scalar_type(), op, "out");
+  check_like(lse, lse_shape(args), ScalarType::Float, op, "lse");
+  VK_CHECK(!output_mask[2] || logit_scale.has_value(), op,
+           "output_mask asks for dlogit_scale without a logit_scale");
+  Tensor owners[2];
+  args.qkv = map_of(qkv, &owners[0]);
+  args.dout = map_of(dout, &owners[1]);
+  const Tensor lse_contiguous = torch::stable::contiguous(lse);
+  args.lse = const_cast<float*>(static_cast<const float*>(lse_contiguous.const_data_ptr()));
+  OptTensor dqkv, dbias_table, dlogit_scale;
+  if (output_mask[0]) {
+    dqkv = empty_like_shape(qkv, map_shape(args, 3), qkv.scalar_type());
+    args.dqkv = dqkv->mutable_data_ptr();
+  }
+  if (output_mask[1]) {
+    dbias_table = empty_like_shape(qkv, shape_of(bias_table), bias_table.scalar_type());
+    args.dbias_table = dbias_table->mutable_data_ptr();
+  }
+  if (output_mask[2]) {
+    dlogit_scale = empty_like_shape(qkv, shape_of(*logit_scale), logit_scale->scalar_type());
+    args.dlogit_scale = dlogit_scale->mutable_data_ptr();
+  }
+  if (!output_mask[0] && !output_mask[1] && !output_mask[2])
+    return {dqkv, dbias_table, dlogit_scale};
+  const Tensor partials =
+      empty_like_shape(qkv, {args.chunks(), kernels().partial_floats(args)}, ScalarType::Float);
+  args.partials = static_cast<float*>(partials.mutable_data_ptr());
+  if (args.B > 0) {
+    prepare(&args);
+    run_items(kernels().backward, args, args.chunks() * args.head_groups(),
+              kernels().backward_scratch(args));
+  }
+  kernels().reduce(args);
+  return {dqkv, dbias_table, dlogit_scale};
+}
+
+}  // namespace
+}  // namespace vitkernels
+
+STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
+  m.impl("window_attention_fwd", TORCH_BOX(&vitkernels::window_attention_fwd));
+  m.impl("window_attention_fwd.cpu", TORCH_BOX(&vitkernels::window_attention_fwd));
+  m.impl("window_attention_bwd", TORCH_BOX(&vitkernels::window_attention_bwd));
+  m.impl("window_attention_bwd.cpu", TORCH_BOX(&vitkernels::window_attention_bwd));
+}
