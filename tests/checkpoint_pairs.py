@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+import pytest
 import torch
 from timm_stub import timm
 from vit_pairs import randomised
@@ -146,3 +147,32 @@ def _jax_block(state, i, heads, mha, mlp, norm2):
         block[f"MlpBlock_{mlp}/Dense_{r}/kernel"] = get(f"mlp.{fc}.weight").T
         block[f"MlpBlock_{mlp}/Dense_{r}/bias"] = get(f"mlp.{fc}.bias")
     return block
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def refused(sentence: str, load, *args, error=ValueError, **kwargs) -> str:
+    with pytest.raises(error, match=sentence) as caught:
+        load(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def damaged(tensors: dict, random: np.random.Generator) -> dict:
+    """One to three tensors lost, renamed, or of another shape, rank or dtype."""
+    tensors = dict(tensors)
+    for _ in range(random.integers(1, 4)):
+        key = list(tensors)[random.integers(len(tensors))]
+        tensor = tensors.pop(key)
+        ways = (
+            lambda t: {},
+            lambda t, key=key: {key + "_": t},
+            lambda t, key=key: {key: t[None]},
+            lambda t, key=key: {key: t.flatten()},
+            lambda t, key=key: {key: t[..., :-1] if t.ndim else t[None]},
+            lambda t, key=key: {key: t.sum()},
+            lambda t, key=key: {key: t.long()},
+        )
+        tensors |= ways[random.integers(len(ways))](tensor)
+    return tensors

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_pairs import (
+    damaged,
     huggingface,
     jax_arrays,
     needs_transformers,
+    refused,
     torchvision_vit,
     transformers,
 )
@@ -21,13 +23,6 @@ from vit_pairs import needs_timm, timm_vit
 from vitkernels import FusedViT
 
 pytestmark = pytest.mark.skipif(**needs_timm)
-
-
-def refused(sentence: str, load, *args, error=ValueError, **kwargs) -> str:
-    with pytest.raises(error, match=sentence) as caught:
-        load(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def refused_file(sentence: str, path, error=ValueError, **kwargs) -> str:
@@ -90,25 +85,6 @@ def test_names_and_shapes(what, state, tmp_path):
     refused_file(sentence, tmp_path / "m.pth", num_heads=3)
 
 
-def damaged(tensors: dict, random: np.random.Generator) -> dict:
-    """One to three tensors lost, renamed, or of another shape, rank or dtype."""
-    tensors = dict(tensors)
-    for _ in range(random.integers(1, 4)):
-        key = list(tensors)[random.integers(len(tensors))]
-        tensor = tensors.pop(key)
-        ways = (
-            lambda t: {},
-            lambda t, key=key: {key + "_": t},
-            lambda t, key=key: {key: t[None]},
-            lambda t, key=key: {key: t.flatten()},
-            lambda t, key=key: {key: t[..., :-1] if t.ndim else t[None]},
-            lambda t, key=key: {key: t.sum()},
-            lambda t, key=key: {key: t.long()},
-        )
-        tensors |= ways[random.integers(len(ways))](tensor)
-    return tensors
-
-
 @pytest.mark.parametrize("source", ["timm", "registers", "torchvision", "huggingface", "jax"])
 def test_damaged_tensors_are_an_error_in_one_sentence(source, seed, tmp_path):
     random, path = np.random.default_rng(seed), tmp_path / "m.pth"
@@ -155,7 +131,7 @@ def test_arguments_that_do_not_fit_the_file(what, state, tmp_path):
 
 OTHERS = {
     "resnet18": "a ResNet",
-    "swin_tiny_patch4_window7_224": "a Swin Transformer",
+    "swin_tiny_patch4_window7_224": "a Swin Transformer, .*: use FusedSwin.from_pretrained$",
     "deit_tiny_distilled_patch16_224": "a distilled DeiT",
     "vit_tiny_r_s16_p8_224": "a hybrid",
     "vit_base_patch16_siglip_224": "attention pooling",
@@ -288,7 +264,11 @@ def test_huggingface_refusals(tmp_path):
     refused("must be transformers' ViT or DINOv2, got Linear", load, nn.Linear(2, 2))
     refused("nothing is downloaded", load, "google/vit-base-patch16-224", error=FileNotFoundError)
     swin = transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)
-    refused("model_type must be one of vit, .* got 'swin'", load, transformers.SwinModel(swin))
+    refused(
+        "model_type must be one of vit, .* got 'swin': use FusedSwin",
+        load,
+        transformers.SwinModel(swin),
+    )
     refused("hidden_act must be one of gelu, .* got 'relu'", load, huggingface(hidden_act="relu"))
     settings = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3}
     config = transformers.Dinov2Config(**settings, image_size=28, num_labels=5)

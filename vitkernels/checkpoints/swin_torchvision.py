@@ -67,7 +67,7 @@ def timm_state(tensors: dict[str, Tensor]) -> State:
     state = {}
     for key, tensor in tensors.items():
         name = _rename(key)
-        if version2 and name.endswith(".attn.qkv.bias"):
+        if version2 and name.endswith(".attn.qkv.bias") and tensor.shape[0] % 3 == 0:
             q_bias, _, v_bias = tensor.chunk(3)
             block = name.removesuffix("qkv.bias")
             state |= {block + "q_bias": q_bias, block + "v_bias": v_bias}
