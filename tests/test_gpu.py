@@ -13,6 +13,7 @@ from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
 from linear_gelu_problems import linear_gelu_problem, linear_problem
 from patch_embed_problems import IMAGE_LAYOUTS, UINT8, patch_embed_problem
 from problems import DTYPE_IDS, check
+from window_attention_problems import MAP_LAYOUTS, window_problem
 
 from vitkernels import ops
 from vitkernels.testing import assert_bitwise_equal, available_for
@@ -20,6 +21,7 @@ from vitkernels.testing import assert_bitwise_equal, available_for
 DEVICE = os.environ.get("VITKERNELS_TEST_DEVICE", "cuda")
 KERNELS = ("cuda", "triton")
 SMALL_CALLS = ("add_layer_norm", "attention_qkvpacked", "patch_embed", "linear_gelu")
+SMALL_CALLS += ("window_attention",)
 DTYPES = [pytest.param(dtype, id=name) for dtype, name in DTYPE_IDS.items()]
 
 pytestmark = [
@@ -37,6 +39,8 @@ def kernels(op):
 
 def needs(backend, op):
     facts = {"D": 64} if op.startswith("attention") else {}
+    if op == "window_attention":
+        facts = {"D": 32, "N": 49}
     assert backend in available_for(op, DEVICE, **facts), f"{op}: {backend} cannot run on {DEVICE}"
 
 
@@ -84,6 +88,38 @@ def test_attention_with_bias(backend, dtype, bias):
     needs(backend, "attention")
     problem = attention_problem(2, 197, 3, 64, dtype, bias=bias).to(DEVICE)
     check(problem, backend, shape_class=f"N197 bias{bias}")
+
+
+@pytest.mark.parametrize("cosine", (False, True), ids=("plain", "cosine"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shifted", (False, True), ids=("", "shifted"))
+@pytest.mark.parametrize("window", (1, 2, 4, 6, 7, 8, 10, 12, 14, 16, 24, (7, 8), (4, 16), (24, 3)))
+@pytest.mark.parametrize("backend", kernels("window_attention"))
+def test_window_attention(backend, window, shifted, dtype, cosine):
+    needs(backend, "window_attention")
+    Wh, Ww = (window, window) if isinstance(window, int) else window
+    shift, D = (Wh // 2, Ww // 2) if shifted else 0, 32 if Wh * Ww <= 256 else 16
+    problem = window_problem(window, shift, dtype, windows=(3, 4), heads=6, D=D, cosine=cosine)
+    factor = 0.9 if dtype != torch.float32 and Wh * Ww >= 49 else None
+    name = f"window {window} shift {shift} cosine {cosine}"
+    check(problem.to(DEVICE), backend, shape_class=name, rmse_factor=factor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", (8, 16, 24, 32, 48, 64, 80, 128))
+@pytest.mark.parametrize("backend", kernels("window_attention"))
+def test_window_attention_head_dims(backend, D, dtype):
+    needs(backend, "window_attention")
+    problem = window_problem(7, 3, dtype, windows=(8, 8), heads=3, D=D, dropout_p=0.1)
+    check(problem.to(DEVICE), backend, shape_class=f"window 7 D{D} dropout")
+
+
+@pytest.mark.parametrize("layout", (*MAP_LAYOUTS, "misaligned_1", "expanded", "nan_border"))
+@pytest.mark.parametrize("backend", kernels("window_attention"))
+def test_window_attention_layouts(backend, layout):
+    needs(backend, "window_attention")
+    problem = window_problem(7, (3, 0), torch.bfloat16, heads=3, D=32).to(DEVICE)
+    check(problem, backend, shape_class="window 7", layout=layout, grad_layout="contiguous")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -194,5 +230,9 @@ def _small_call(op, backend):
         x = torch.randn(8, 197, 384, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.randn(1536, 384, device=DEVICE)
         return lambda: ops.linear_gelu(x, weight, backend=backend), x
+    if op == "window_attention":
+        qkv = torch.randn(8, 56, 56, 288, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        table, options = torch.randn(169, 3, device=DEVICE), {"num_heads": 3, "backend": backend}
+        return lambda: ops.window_attention(qkv, table, window_size=7, shift_size=3, **options), qkv
     qkv = torch.randn(4, 197, 3 * 6 * 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     return lambda: ops.attention_qkvpacked(qkv, 6, backend=backend), qkv

@@ -71,7 +71,7 @@ def map_in(qkv: torch.Tensor, layout: str) -> torch.Tensor:
         "columns_apart": (H, 2 * W),
         "pixels_apart": (2 * H, 3 * W),
     }[layout]
-    whole = torch.full((B, *larger, C), math.nan, dtype=qkv.dtype)
+    whole = torch.full((B, *larger, C), math.nan, dtype=qkv.dtype, device=qkv.device)
     view = {
         "cropped": whole[:, 3 : 3 + H, 5 : 5 + W],
         "rows_apart": whole[:, ::2],
