@@ -41,7 +41,6 @@ def test_gradient_checkpointing_changes_nothing(name):
     [
         ("v1", "train"),
         ("v1", "checkpointing"),
-        ("v1_odd_maps", "eval"),
         ("v2", "train"),
         ("v2", "autocast"),
     ],
@@ -62,15 +61,14 @@ def test_compiles_as_one_graph(name, mode):
     same(results[1], results[0], 2e-2 if mode == "autocast" else ROUNDING)
 
 
-@pytest.mark.parametrize("name", ["v1", "v2"])
-def test_dynamic_batch_compiles_once(name):
-    _, ours = pair(name, **SHALLOW[name])
+def test_dynamic_batch_compiles_once():
+    _, ours = pair("v1", **SHALLOW["v1"])
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ours, backend=counter, fullgraph=True)
     with torch.no_grad():
         for batch in (2, 3, 5, 7):
-            x = images(name, batch=batch)
+            x = images("v1", batch=batch)
             torch._dynamo.mark_dynamic(x, 0)
             same({"y": compiled(x)}, {"y": ours(x)})
     assert counter.frame_count == 1
