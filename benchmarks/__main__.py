@@ -62,10 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
     limits = Limits.measured()
     print(machine_line(limits))
     results, failures = [], []
-    raced = None
+    raced: list[bench_models.Raced] = []
     if MODELS in options.op:
         raced = bench_models.run(4 * options.seconds)
-        failures += bench_models.failures(raced[1])
+        failures += bench_models.failures(raced)
     for op in [op for op in options.op if op != MODELS] or ([] if raced else OPS):
         for case in OPS[op](options.all):
             try:
@@ -76,10 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             results.append(result)
             print(f"\n{case.title}\n{table(result)}", flush=True)
-    aims = bench_models.targets(raced[1]) if raced else []
+    aims = bench_models.targets(raced)
     if options.json:
         found = record(limits, results, failures)
-        found["models"] = report.record(*raced) if raced else None
+        found["models"] = [report.record(*of_model) for of_model in raced]
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\n{summary(results, failures, aims)}")
     return 1 if failures else 0

@@ -1,7 +1,7 @@
 """Whole models beside timm and torch.compile of it: the race of `vitkernels bench`, with our aims.
 
-ViT-S/16, batch 8, as the targets name it. The check before the clock, the turns and the memory are
-those of the command; only the aims are added here.
+ViT-S/16 and Swin-T, batch 8, as the targets name them. The check before the clock, the turns and
+the memory are those of the command; only the aims are added here.
 """
 
 from __future__ import annotations
@@ -9,28 +9,35 @@ from __future__ import annotations
 import torch
 
 from vitkernels.cli.bench import FORWARD, TRAIN, report
+from vitkernels.cli.bench.contenders import OURS
 from vitkernels.cli.bench.race import Plan, Race, Result
 
-from .shapes import DTYPES, MODEL_TARGETS
+from .shapes import ATTENTION_MEMORY_TARGETS, DTYPES, MODEL_TARGETS
 
-MODEL, BATCH = "vit_small_patch16_224", 8
+BATCH = 8
+
+Raced = tuple[Race, list[Result]]
 
 
-def run(seconds: float) -> tuple[Race, list[Result]]:
+def run(seconds: float) -> list[Raced]:
     """Every case, printed as it comes; torch's threads are those that the caller has set."""
-    plan = Plan(MODEL, BATCH, DTYPES, (FORWARD, TRAIN), torch.device("cpu"), {}, seconds=seconds)
+    return [_run(model, seconds) for model in MODEL_TARGETS]
+
+
+def _run(model: str, seconds: float) -> Raced:
+    plan = Plan(model, BATCH, DTYPES, (FORWARD, TRAIN), torch.device("cpu"), {}, seconds=seconds)
     race = Race(plan)
     print(report.headline(race), flush=True)
     results = []
     for case in race.cases():
         results.append(race.run(case))
-        print(f"\n{text(results[-1])}", flush=True)
+        print(f"\n{text(model, results[-1])}", flush=True)
     return race, results
 
 
-def text(result: Result) -> str:
+def text(model: str, result: Result) -> str:
     lines = [
-        f"{MODEL} ({BATCH}) {result.case.title}",
+        f"{model} ({BATCH}) {result.case.title}",
         f"  {'':24}{'best ms':>9}{'median ms':>11}{'CPU ms':>9}{'peak MiB':>10}{'ratio':>8}"
         f"{'by CPU':>8}",
     ]
@@ -45,18 +52,31 @@ def text(result: Result) -> str:
     return "\n".join(lines)
 
 
-def targets(results: list[Result]) -> list[tuple[str, str, float, float, float]]:
+def targets(raced: list[Raced]) -> list[tuple[str, str, float, float, float]]:
     """(case, peer, measured ratio, must, stretch) of each aim whose peer ran and was equal."""
     found = []
-    for result in results:
-        aims = MODEL_TARGETS.get((result.case.dtype, result.case.direction), {})
-        for entry in result.entries:
-            ratio = result.ratio(entry)
-            if entry.name in aims and ratio is not None:
-                title = f"{MODEL} {result.case.title}"
-                found.append((title, entry.name, ratio, *aims[entry.name]))
+    for race, results in raced:
+        model = race.plan.model
+        for result in results:
+            aims = MODEL_TARGETS[model].get((result.case.dtype, result.case.direction), {})
+            of_memory = ATTENTION_MEMORY_TARGETS.get(model, {})
+            kept = result.entry(OURS).attention
+            for entry in result.entries:
+                ratio, title = result.ratio(entry), f"{model} {result.case.title}"
+                if entry.name in aims and ratio is not None:
+                    found.append((title, entry.name, ratio, *aims[entry.name]))
+                if entry.name in of_memory and kept is not None and entry.attention is not None:
+                    title = f"{title}, attention's memory"
+                    found.append(
+                        (title, entry.name, entry.attention / kept, *of_memory[entry.name])
+                    )
     return found
 
 
-def failures(results: list[Result]) -> list[str]:
-    return [f"{MODEL} {result.case.title}" for result in results if not result.equal]
+def failures(raced: list[Raced]) -> list[str]:
+    return [
+        f"{race.plan.model} {result.case.title}"
+        for race, results in raced
+        for result in results
+        if not result.equal
+    ]

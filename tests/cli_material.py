@@ -1,5 +1,6 @@
 """What the tests of the command line share: a tiny checkpoint, pictures, a run in this process."""
 
+import argparse
 import json
 
 import numpy as np
@@ -7,16 +8,28 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from vitkernels import FusedViT, cli
+from vitkernels import FusedSwin, FusedViT, cli
 
 CLASSES = 7
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
+# Maps of 8 x 8 and 4 x 4: four windows, shifted in every second block, then one.
+TINY_SWIN = {
+    "img_size": 32, "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4,
+}  # fmt: skip
 
 
 def tiny_model(**settings) -> FusedViT:
     """Evaluating; every parameter random, so that each one matters."""
     torch.manual_seed(4)
-    model = FusedViT(**{**TINY, "num_classes": CLASSES, **settings}).eval()
+    return _stirred(FusedViT(**{**TINY, "num_classes": CLASSES, **settings}).eval())
+
+
+def tiny_swin(**settings) -> FusedSwin:
+    torch.manual_seed(4)
+    return _stirred(FusedSwin(**{**TINY_SWIN, "num_classes": CLASSES, **settings}).eval())
+
+
+def _stirred(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -26,6 +39,12 @@ def tiny_model(**settings) -> FusedViT:
 def save_tiny(folder, name="tiny.pth", **settings):
     """(path, model) of a checkpoint in a folder."""
     model = tiny_model(**settings)
+    torch.save(model.state_dict(), folder / name)
+    return folder / name, model
+
+
+def save_tiny_swin(folder, name="tiny.pth", **settings):
+    model = tiny_swin(**settings)
     torch.save(model.state_dict(), folder / name)
     return folder / name, model
 
@@ -60,3 +79,9 @@ def predict_json(capsys, *arguments) -> list[dict]:
     status, out, err = run(capsys, "predict", *arguments, "--json")
     assert status == 0, err
     return json.loads(out)
+
+
+def drawing(**options) -> argparse.Namespace:
+    """Arguments of attention-map, for what draws its panels."""
+    usual = {"rollout": False, "block": None, "stage": None, "head": "mean", "query": None}
+    return argparse.Namespace(**{**usual, **options})

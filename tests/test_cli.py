@@ -140,8 +140,11 @@ def test_quick_demo_writes_the_whole_report(tmp_path):
     assert facts["agreement"]["difference"] <= facts["agreement"]["allowed"]
     assert len(facts["agreement"]["fused"]) == facts["agreement"]["steps"]
     rows = json.loads((out / "timings.json").read_text())
-    assert {(row["dtype"], row["contender"]) for row in rows} >= {
-        (dtype, contender) for dtype in ("fp32", "bf16") for contender in ("fused", "stock PyTorch")
+    assert {(row["model"], row["dtype"], row["contender"]) for row in rows} >= {
+        (model, dtype, contender)
+        for model in ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224")
+        for dtype in ("fp32", "bf16")
+        for contender in ("fused", "stock PyTorch")
     }
     for row in rows:
         assert row["images_per_second"] > 0 and row["peak_mib"] > 0

@@ -153,14 +153,19 @@ PUBLISHED = {
     "vit_small_patch16_224": (4.61, 11.95, 22.05),
     "vit_base_patch16_224": (17.58, 23.9, 86.57),
     "vit_small_patch32_224": (1.15, 2.5, 22.88),
+    "swin_tiny_patch4_window7_224": (4.51, 17.06, 28.29),
+    "swin_base_patch4_window12_384": (47.19, 134.78, 87.9),
+    "swin_s3_tiny_224": (4.64, 19.13, 28.33),
+    "swinv2_tiny_window16_256": (6.68, 39.02, 28.35),
+    "swinv2_base_window12to24_192to384": (55.25, 280.36, 87.92),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_cost_is_timms(name):
-    from vitkernels import FusedViT
+    from vitkernels.cli.families import plain_family
 
-    cost = cost_of(FusedViT.named(name, device="meta", weight_init="skip"))
+    cost = cost_of(plain_family(name).model.named(name, device="meta", weight_init="skip"))
     got = (round(cost.macs / 1e9, 2), round(cost.activations / 1e6, 2), cost.parameters / 1e6)
     macs, activations, parameters = PUBLISHED[name]
     assert got[:2] == pytest.approx((macs, activations), abs=0.011)

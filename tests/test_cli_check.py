@@ -82,6 +82,14 @@ def test_errors_are_relative_and_never_hide_a_nan():
     assert math.isinf(check.errors({**got, "more": truth["small"]}, truth)["more"])
 
 
+def test_small_by_luck():
+    """One block's single number may be nearer to the truth than such numbers are."""
+    base = {"logits": 1e-6, "0.scale": 1e-9, "1.scale": 2e-6, "2.scale": 3e-6}
+    assert check.excess(torch.float32, {**base, "0.scale": 3.9e-6}, base) <= 1
+    assert check.excess(torch.float32, {**base, "0.scale": 4.1e-6}, base) > 1
+    assert check.excess(torch.float32, {**base, "2.scale": 5.9e-6}, base) <= 1
+
+
 ONE = {"logits": 1e-2, "v": 1e-2, "w": 1e-2}
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cli_material import (
     CLASSES,
+    drawing,
     gradient,
     photograph,
     predict_json,
@@ -256,14 +257,27 @@ def test_maps_are_drawn(tmp_path, capsys, options, maps, pool):
 
 
 def test_the_map_shows_where_the_class_token_looks(tmp_path):
-    from vitkernels.cli.attention_map import heat_panels
+    from vitkernels.cli.heat import panels_of
 
     _, model = save_tiny(tmp_path)
     x = torch.randn(1, 3, 32, 32)
-    options = type("Options", (), {"rollout": False, "block": 1, "head": "mean"})
-    ((title, heat),) = heat_panels(model, x, options)
+    options = drawing(block=1)
+    (panel,) = panels_of(model, x, options)
     expected = model.attention_maps(x)[1][0, :, 0].mean(0)[1:].reshape(4, 4)
-    assert title == "block 1" and torch.allclose(heat, expected, atol=1e-6)
+    assert panel.title == "block 1" and torch.allclose(panel.heat, expected, atol=1e-6)
+
+
+def test_the_map_shows_where_one_token_looks(tmp_path):
+    from vitkernels.cli.heat import panels_of
+
+    _, model = save_tiny(tmp_path)
+    x = torch.randn(1, 3, 32, 32)
+    token = 1 + 1 * 4 + 3  # the class token before the patches
+    (panel,) = panels_of(model, x, drawing(block=0, head=0, query=(0.99, 0.3)))
+    expected = model.attention_maps(x)[0][0, 0, token, 1:].reshape(4, 4)
+    assert panel.query == (1, 3) and torch.allclose(panel.heat, expected, atol=1e-6)
+    (panel,) = panels_of(model, x, drawing(rollout=True, query=(1.0, 1.0)))
+    assert panel.query == (3, 3) and panel.heat.shape == (4, 4)
 
 
 def test_light_falls_where_the_heat_is():

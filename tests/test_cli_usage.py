@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from cli_material import CLASSES, gradient, run, save_tiny
+from cli_material import CLASSES, gradient, run, save_tiny, save_tiny_swin
 from PIL import Image
 from vit_pairs import timm
 
@@ -45,6 +45,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "text.pth").write_text("weights")
     (tmp_path / "weights.txt").write_text("weights")
     torch.save({"layer1.0.conv1.weight": torch.zeros(2, 2, 3, 3)}, "resnet.pth")
+    save_tiny_swin(tmp_path, "swin.pth")
     torch.save({"something.weight": torch.zeros(2)}, "other.pth")
     torch.save([1, 2, 3], "list.pth")
     (tmp_path / "code.pth").write_bytes(pickle.dumps(functools.partial(print, "run")))
@@ -60,6 +61,7 @@ def place(tmp_path, monkeypatch):
 
 
 WEIGHTS = "--weights model.pth"
+SWIN = "--weights swin.pth"
 # arguments: what the line must say
 PREDICT = {
     "": "the following arguments are required: IMAGE",
@@ -88,6 +90,12 @@ PREDICT = {
     "good.png --weights configured/model.pth": "preprocessor_config.json beside the weights cannot",
     f"good.png {WEIGHTS} --model vit_smal_patch16_224": "did you mean vit_small_patch16_224",
     f"good.png {WEIGHTS} --model vit_small_patch16_224": "the width is 64 where 384 is expected",
+    f"good.png {SWIN} --model vit_small_patch16_224": "swin.pth is a Swin Transformer, which",
+    f"good.png {WEIGHTS} --model swin_tiny_patch4_window7_224": "model.pth is a Vision Transformer",
+    f"good.png {SWIN} --model swin_tiny_patch4_window7_224": "the width is 32 where 96 is expected",
+    f"good.png {SWIN} --model swin_tiny_patch4_windw7_224": "did you mean swin_tiny_patch4_window7",
+    f"good.png {SWIN} --image-size 3": "--image-size: the positions of swin.pth cannot",
+    f"good.png {SWIN} --labels six.txt": "names 6 classes, the weights have 7",
     f"good.png {WEIGHTS} --image-size 7": "--image-size: the positions of model.pth cannot",
     f"good.png {WEIGHTS} --labels absent.txt": "--labels: absent.txt does not exist",
     f"good.png {WEIGHTS} --labels six.txt": "names 6 classes, the weights have 7",
@@ -124,6 +132,15 @@ ATTENTION_MAP = {
     f"good.png --out a.png {WEIGHTS} --rollout --block 1": "--rollout is over all blocks and heads",
     f"good.png --out a.png {WEIGHTS} --rollout --head 0": "--rollout is over all blocks and heads",
     "good.png --out a.png --weights resnet.pth": "resnet.pth is a ResNet",
+    f"good.png --out a.png {WEIGHTS} --stage 0": "--stage: a ViT has no stages: name a --block",
+    f"good.png --out a.png {SWIN} --stage 2": "--stage: the model has the stages 0 to 1, got 2",
+    f"good.png --out a.png {SWIN} --stage 0 --block 0": "--stage is of all its blocks",
+    f"good.png --out a.png {SWIN} --block 4": "--block: the model has the blocks 0 to 3, got 4",
+    f"good.png --out a.png {SWIN} --head 1": "--head: block 0 has the heads 0 to 0, got 1",
+    f"good.png --out a.png {SWIN} --stage 1 --head 2": "--head: block 2 has the heads 0 to 1",
+    f"good.png --out a.png {SWIN} --rollout": "--rollout: the windows of a Swin have no rollout",
+    f"good.png --out a.png {SWIN} --query 0.5": "--query: must be X,Y from 0,0",
+    f"good.png --out a.png {SWIN} --query 0.5,1.5": "--query: must be X,Y from 0,0",
     "good.png --out a.png --model vit_hug_patch14_224": "did you mean vit_huge_patch14_224",
 }
 CHECK = {
@@ -137,6 +154,10 @@ CHECK_WITH_TIMM = {
     "--model vit_small_pach16_224": "did you mean vit_small_patch16_224",
     "--model zzz": "unknown model 'zzz': one of them is vit_tiny_patch16_224",
     "--model resnet18": "--model resnet18: from_timm: the model ResNet is not supported",
+    "--model swinv2_cr_tiny_224": "swinv2_cr_tiny_224: from_timm: the model SwinTr",
+    "--model swin_tiny_patch4_window7_224 --image-size 2": "--image-size: 2x2 pixels are less than",
+    "--model swin_tiny_patch4_window7_224 --weights model.pth": "model.pth is a Vision Transformer",
+    "--model swin_tiny_patch4_window7_224 --weights swin.pth": "the width is 32 where 96 is",
     "--model vit_tiny_patch16_224 --image-size 4": "4x4 pixels are less than one patch of 16x16",
     "--model vit_tiny_patch16_224 --weights resnet.pth": "resnet.pth is a ResNet",
     "--model vit_tiny_patch16_224 --weights model.pth": "the width is 64 where 192 is expected",
@@ -148,6 +169,7 @@ BENCH = {
     "--json a.csv": "--json: a.csv must end in .json",
     "--json /dev/null": "--json: /dev/null is not a regular file",
     "--model vit_smll_patch16_224": "did you mean vit_small_patch16_224",
+    "--model swin_tny_patch4_window7_224": "did you mean swin_tiny_patch4_window7_224",
     "--dtype float16": "--dtype float16 trains on a GPU only: add --forward",
     "--seconds 0": "--seconds: must be a positive whole number",
     "--batch -1": "--batch: must be a positive whole number",
@@ -172,7 +194,7 @@ def test_one_line_and_status_2(place, capsys, command, words, said):
 
 
 def test_there_are_enough_of_them():
-    assert len(EVERY) >= 70
+    assert len(EVERY) >= 85
 
 
 EXTRAS = {

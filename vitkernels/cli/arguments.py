@@ -39,6 +39,16 @@ def fraction(text: str) -> float:
     return value
 
 
+def point(text: str) -> tuple[float, float]:
+    """ "0.5,0.5" is the middle of the image."""
+    values = tuple(_number(part) for part in text.split(","))
+    if len(values) != 2 or not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(
+            f"must be X,Y from 0,0 (upper left) to 1,1 (lower right), got {text!r}"
+        )
+    return values
+
+
 def channels(text: str) -> tuple[float, ...]:
     """ "0.5" or "0.485,0.456,0.406"."""
     values = tuple(_number(part) for part in text.split(","))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable
@@ -9,14 +10,16 @@ from pathlib import Path
 
 from torch import nn
 
-from ..models import FusedViT
+from ..models import FusedSwin, FusedViT
 from ..models.loaders import SIZES
+from ..models.swin_names import S3_SIZES, SWIN_SIZES, swin_settings
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A model class, and how the commands speak of its models."""
 
+    title: str  # in pictures
     model: type[nn.Module]  # with named, from_timm and from_pretrained
     of_timm: str  # how timm's classes of this family are called, a pattern
     plain: Callable[[str], bool]  # whether model.named knows the sizes of this name
@@ -40,6 +43,12 @@ def plain_family(name: str) -> Family | None:
 
 def family_of_weights(path: Path) -> Family:
     """The family of a checkpoint, by its names; of others the first, which says what they are."""
+    from ..checkpoints.pretrained import SWIN, read
+
+    with contextlib.suppress(ValueError, OSError, ImportError):  # the loader says it, too
+        names = read(path)[1]
+        if any(re.search(pattern, name) for pattern in SWIN for name in names):
+            return next(family for family in FAMILIES if family.model is FusedSwin)
     return FAMILIES[0]
 
 
@@ -65,8 +74,39 @@ def _by(size: tuple[int, int]) -> str:
     return "x".join(map(str, size))
 
 
+# --- Swin -----------------------------------------------------------------------------------------
+
+
+def _plain_swin(name: str) -> bool:
+    try:
+        return bool(swin_settings(name))
+    except ValueError:
+        return False
+
+
+def _shape_of_swin(model: FusedSwin) -> tuple[tuple[str, object], ...]:
+    first = [layer.blocks[0] for layer in model.layers]
+    return (
+        ("the version", model.version),
+        ("the width", first[0].attn.dim),
+        ("the depth", ", ".join(str(len(layer.blocks)) for layer in model.layers)),
+        ("the patch size", _by(model.patch_embed.patch_size)),
+        ("the window", ", ".join(_by(block.window_size) for block in first)),
+        ("the number of heads", ", ".join(str(block.attn.num_heads) for block in first)),
+        ("the MLP's width", first[0].mlp.fc1.out_features),
+    )
+
+
+def _unwritten_of_swin(model: FusedSwin) -> dict:
+    if model.version == 1:
+        return {}
+    sizes = [layer.blocks[0].attn.pretrained_window_size for layer in model.layers]
+    return {"pretrained_window_sizes": sizes}
+
+
 FAMILIES = (
     Family(
+        title="ViT",
         model=FusedViT,
         of_timm=r"VisionTransformer.*",
         plain=_plain_vit,
@@ -77,5 +117,19 @@ FAMILIES = (
         ),
         shape=_shape_of_vit,
         unwritten=lambda model: {"num_heads": model.blocks[0].attn.num_heads},
+    ),
+    Family(
+        title="Swin",
+        model=FusedSwin,
+        of_timm=r"SwinTransformer.*",
+        plain=_plain_swin,
+        common=(
+            *(f"swin_{size}_patch4_window7_224" for size in SWIN_SIZES),
+            *(f"swin_{size}_patch4_window12_384" for size in ("base", "large")),
+            *(f"swin_s3_{size}_224" for size in S3_SIZES),
+            *(f"swinv2_{size}_window{w}_256" for size in SWIN_SIZES for w in (8, 16)),
+        ),
+        shape=_shape_of_swin,
+        unwritten=_unwritten_of_swin,
     ),
 )

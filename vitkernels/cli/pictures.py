@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-PAPER, INK, FAINT = "#101218", "#f2f2f2", "#9aa0ac"
+from .heat import Panel
+
+PAPER, INK, FAINT, RING = "#101218", "#f2f2f2", "#9aa0ac", "#40e0d0"
 DIM = 0.45  # of the gray image under the heat
 LOW, HIGH = 0.01, 0.995  # the quantiles of a map that are drawn darkest and brightest
 SIDE, LEAST = 2.1, 4.2  # inches of a small panel, and of the image itself
 
 
-def draw(path: Path, pixels: Tensor, panels: list[tuple[str, Tensor]], model: str, name: str):
+def draw(path: Path, pixels: Tensor, panels: list[Panel], model: str, name: str):
     """The image on the left, its maps on the right: one large, or a grid of small ones."""
     image = pixels.expand(3, -1, -1).float() / 255
     n = len(panels)
@@ -34,8 +36,10 @@ def draw(path: Path, pixels: Tensor, panels: list[tuple[str, Tensor]], model: st
     left, right = figure.subfigures(1, 2, width_ratios=(large, columns * side), facecolor=PAPER)
     _panel(left.subplots(), image, "what the model sees")
     places = right.subplots(rows, columns, squeeze=False).ravel()
-    for axes, (title, heat) in zip(places, panels, strict=False):
-        _panel(axes, glowing(image, heat), title)
+    for axes, panel in zip(places, panels, strict=False):
+        smooth = panel.windows is None
+        _panel(axes, glowing(image, panel.heat, "bicubic" if smooth else "nearest"), panel.title)
+        _mark(axes, panel, image.shape[-2:])
     for axes in places[n:]:
         axes.set_visible(False)
     figure.savefig(path, dpi=140, facecolor=PAPER)
@@ -47,14 +51,33 @@ def _panel(axes, image: Tensor, title: str) -> None:
     axes.set_title(title, color=FAINT, fontsize=9, loc="left", pad=3)
 
 
-def glowing(image: Tensor, heat: Tensor) -> Tensor:
+def _mark(axes, panel: Panel, size: tuple[int, int]) -> None:
+    """The borders of the windows, and a ring around the token that looks."""
+    (rows, columns), (H, W) = panel.heat.shape, size
+    if panel.windows is not None:
+        for cut in _borders(panel.windows):
+            axes.axhline(cut * H / rows - 0.5, color=INK, lw=0.4, alpha=0.5)
+        for cut in _borders(panel.windows.mT):
+            axes.axvline(cut * W / columns - 0.5, color=INK, lw=0.4, alpha=0.5)
+    if panel.query is not None:
+        row, column = panel.query
+        at = ((column + 0.5) * W / columns - 0.5, (row + 0.5) * H / rows - 0.5)
+        axes.plot(*at, "o", ms=6, mfc="none", mec=RING, mew=1.2)
+
+
+def _borders(windows: Tensor) -> list[int]:
+    """The rows at which another window begins."""
+    return [i + 1 for i in (windows[1:] != windows[:-1]).any(1).nonzero().flatten().tolist()]
+
+
+def glowing(image: Tensor, heat: Tensor, interpolation: str = "bicubic") -> Tensor:
     """The image in dim gray; what is attended to lights up, in the colours of `inferno`."""
     from matplotlib import colormaps
 
     size = image.shape[-2:]
-    low, high = torch.quantile(heat.flatten(), torch.tensor([LOW, HIGH])).tolist()
-    heat = ((heat - low) / max(high - low, 1e-12)).clamp(0, 1)
-    heat = F.interpolate(heat[None, None], size=size, mode="bicubic")[0, 0].clamp(0, 1)
+    low, high = torch.quantile(heat[~heat.isnan()], torch.tensor([LOW, HIGH])).tolist()
+    heat = ((heat - low) / max(high - low, 1e-12)).clamp(0, 1).nan_to_num(0)
+    heat = F.interpolate(heat[None, None], size=size, mode=interpolation)[0, 0].clamp(0, 1)
     colour = torch.from_numpy(colormaps["inferno"](heat.numpy())[..., :3]).float().permute(2, 0, 1)
     gray = DIM * image.mean(0, keepdim=True)
     strength = 0.80 * heat.sqrt()

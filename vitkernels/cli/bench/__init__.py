@@ -18,7 +18,7 @@ def configure(commands) -> None:
         description="The models have the same weights and take turns, so that a busy machine is "
         "unfair to all alike. Outputs (and gradients) are compared first: there is no ratio for "
         "a model that computes something else. bfloat16 casts the model for the forward, and "
-        "is autocast with float32 parameters for the training step (AdamW included).",
+        "is autocast with float32 parameters for the training step (AdamW included, no DropPath).",
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="timm's name")
     parser.add_argument("--batch", type=positive, default=8, metavar="N")

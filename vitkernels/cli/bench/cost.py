@@ -37,9 +37,10 @@ def _of_vit(model: nn.Module) -> tuple[int, int]:
 
 def _of_swin(model: nn.Module) -> tuple[int, int]:
     """Attention on the map as padded to whole windows; the position MLP of Swin V2 once a block."""
-    H, W = model.patch_embed.grid_size
-    macs, activations = H * W * model.patch_embed.proj.weight.numel(), H * W * model.embed_dim
-    macs += 5 * H * W * model.embed_dim * isinstance(model.patch_embed.norm, nn.LayerNorm)
+    embed = model.patch_embed
+    (H, W), C = embed.grid_size, embed.proj.weight.shape[0]
+    macs, activations = H * W * embed.proj.weight.numel(), H * W * C
+    macs += 5 * H * W * C * isinstance(embed.norm, nn.LayerNorm)
     for layer in model.layers:
         parts = []
         if isinstance(layer.downsample, nn.Module) and hasattr(layer.downsample, "reduction"):
