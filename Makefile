@@ -9,7 +9,7 @@ JOBS    ?= 2
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0)
 BUILD   := VITKERNELS_WERROR=1 $(PY) setup.py --quiet build_ext --inplace
 PYTEST  := $(PY) -m pytest
-CPP     := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.cuh' 2>/dev/null)
+CPP     := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.cu' 'tests/*.cuh' 2>/dev/null)
 
 .PHONY: run build test test-all test-gpu bench lint format clean
 

@@ -161,7 +161,8 @@ def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
         n.rule("emu", f"{cxx} {CXX_FLAGS} $flags {include} -MMD -MF $out.d -c $in -o $out")
         objects = [n.compile("emu", source, flags, "emu") for source in cu_files]
         objects += [
-            n.compile("emu", source, "", "emu") for source in sorted(CSRC.glob("emulator/*.cpp"))
+            n.compile("emu", source, f"-I {quote(CSRC / 'emulator')}", "emu")
+            for source in sorted(CSRC.glob("emulator/*.cpp"))
         ]
         n.link(target_dir / "lib/libvitkernels_emu.so", objects, f"{link} -lpthread")
     nvcc = find_nvcc()

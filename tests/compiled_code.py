@@ -15,7 +15,7 @@ def short_name(mangled: str) -> str:
     """forward_kernel<0,3,1,0,2>: the kernel's template arguments as numbers, in their order."""
     end = mangled.index("_kernel") + len("_kernel")  # an identifier follows its length
     length = next(n for n in range(8, 99) if mangled[: end - n].endswith(str(n)))
-    arguments = re.findall(r"L(?:[a-z]|N\w+?E)(\d+)E", mangled[end:])
+    arguments = re.findall(r"L(?:[a-z]|S\w*?_|N\w+?E)(\d+)E", mangled[end:])
     return mangled[end - length : end] + (f"<{','.join(arguments)}>" if arguments else "")
 
 

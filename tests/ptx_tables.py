@@ -106,3 +106,28 @@ SWIZZLE = {
         "76543210",
     ],
 }
+
+# "Shared Memory Layout" of wgmma: the canonical layouts, shape:stride, in units of 16 bytes, before
+# swizzling. K-major: ((row, eight rows), eight k). MN-major: ((eight rows, swizzle's width), (k,
+# eight k)). LBO and SBO are the descriptor's leading and stride byte offsets.
+WGMMA_CANONICAL = {
+    ("k", 0): (((8, "n"), 2), ((1, "SBO"), "LBO")),
+    ("k", 32): (((8, "n"), 2), ((2, "SBO"), 1)),
+    ("k", 64): (((8, "n"), 2), ((4, "SBO"), 1)),
+    ("k", 128): (((8, "n"), 2), ((8, "SBO"), 1)),
+    ("mn", 0): (((1, "n"), (8, "k")), (("X", "SBO"), (1, "LBO"))),
+    ("mn", 32): (((2, "n"), (8, "k")), ((1, "LBO"), (2, "SBO"))),
+    ("mn", 64): (((4, "n"), (8, "k")), ((1, "LBO"), (4, "SBO"))),
+    ("mn", 128): (((8, "n"), (8, "k")), ((1, "LBO"), (8, "SBO"))),
+}
+
+# "Matrix Descriptor": first and last bit of each field; addresses and offsets without their low
+# four bits. The swizzling modes by the width in bytes.
+WGMMA_DESCRIPTOR = {
+    "start": (0, 13),
+    "leading": (16, 29),
+    "stride": (32, 45),
+    "base offset": (49, 51),
+    "swizzle": (62, 63),
+}
+WGMMA_SWIZZLE_MODES = {0: 0, 128: 1, 64: 2, 32: 3}

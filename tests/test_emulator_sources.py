@@ -63,10 +63,11 @@ TWINS = sorted(f.name for f in (CSRC / "emulator/common").glob("*.cuh"))
 
 
 def test_every_twin_is_of_something():
-    assert {"platform.cuh", "launch.cuh", "mma.cuh", "async_copy.cuh"} <= set(TWINS)
+    assert {"platform.cuh", "launch.cuh", "mma.cuh", "async_copy.cuh", "tma.cuh"} <= set(TWINS)
     assert all((CSRC / "common" / name).exists() for name in TWINS)
     for header in (CSRC / "common").glob("*.cuh"):  # PTX has a twin
-        assert header.name in TWINS or "asm" not in header.read_text(), header.name
+        if header.name != "wgmma_instructions.cuh":  # the device's half of wgmma.cuh
+            assert header.name in TWINS or "asm" not in header.read_text(), header.name
 
 
 @pytest.mark.parametrize("name", [n for n in TWINS if n != "launch.cuh"])

@@ -9,6 +9,9 @@
 
 namespace vitkernels {
 
+// Which index of an operand in shared memory runs fastest: k, or the row of A, column of B.
+enum class Major { kK, kMN };
+
 struct FragmentA {  // 16 rows x 16 k, two neighbours in k to a register
   uint32_t r[4];
 };

@@ -1,5 +1,5 @@
 // The scheduler: blocks one after another on each OS thread, the fibers of a block in random order.
-#include "emulator.h"
+#include "emulator/emulator.h"
 
 #include <algorithm>
 #include <atomic>
@@ -15,7 +15,8 @@
 #include <thread>
 #include <vector>
 
-#include "fiber.h"
+#include "emulator/async_proxy.h"
+#include "emulator/fiber.h"
 
 namespace vitkernels::emulator {
 
@@ -87,6 +88,7 @@ struct Block {
   Place barrier{};
   PartBarrier part_barriers[16];
   Arena arena;
+  AsyncProxy async;
   std::exception_ptr error;
   void* scheduler = nullptr;  // its stack pointer while a fiber runs
 
@@ -119,6 +121,10 @@ void fiber_main() {
     (*self->block->body)();
     if (!self->copies.none())
       fail("the thread ends with copies (cp.async) that it has not waited for", self->place);
+    if (!self->stores.none())
+      fail("the thread ends with TMA stores that it has not waited for", self->place);
+    if (!self->accumulators.empty())
+      fail("the thread ends with wgmma operations that it has not waited for", self->place);
   } catch (...) {
     self->block->error = std::current_exception();
   }
@@ -244,21 +250,28 @@ void meet_part(const char* what, int id, int threads, bool waits, Place place) {
              std::to_string(id) + " is one of " + std::to_string(barrier.threads) + " at " +
              text(barrier.place),
          place);
-  if (waits) barrier.waiting.push_back(&self);
   if (++barrier.arrived == threads) {
-    for (Fiber* fiber : barrier.waiting) self.block->wake(*fiber);
     barrier.arrived = 0;
-    barrier.waiting.clear();
+    for (Fiber* fiber : std::exchange(barrier.waiting, {})) wake(*fiber);
   } else if (waits) {
-    self.state = Fiber::kAsleep;
+    barrier.waiting.push_back(&self);
+    sleep(what,
+          " of barrier " + std::to_string(id) + " for " + std::to_string(threads) + " threads",
+          place);
   }
-  if (!waits) return;
+}
+
+void sleep(const char* what, const std::string& detail, Place place) {
+  Fiber& self = *running;
   self.waits_for = what;
-  self.detail =
-      " of barrier " + std::to_string(id) + " for " + std::to_string(threads) + " threads";
+  self.detail = detail;
   self.place = place;
+  self.state = Fiber::kAsleep;
   to_scheduler();
 }
+void wake(Fiber& fiber) { fiber.block->wake(fiber); }
+
+AsyncProxy& async_proxy() { return running->block->async; }
 
 // ---- The order of fibers
 
@@ -328,6 +341,8 @@ const Index3& grid_dim() { return running->block->shape->grid; }
 // ---- Shared memory
 
 void* dynamic_shared() { return running->block->arena.base; }
+char* shared_base() { return running->block->arena.base; }
+size_t shared_bytes() { return running->block->arena.used; }
 
 void* static_shared(const void* key, size_t bytes, Place place) {
   Arena& arena = running->block->arena;
@@ -418,6 +433,7 @@ void Worker::run_block(const Shape& shape, const std::function<void()>& body, In
   block.arena.base =
       reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(arena.get()) + 1023) / 1024 * 1024);
   open_arena(block.arena, shape.shared_bytes);
+  block.async.open(block.arena.base);
   block.fibers.assign(threads, Fiber{});
   block.ready.assign((threads + kWarp - 1) / kWarp, {});
   for (int id = 0; id < threads; ++id) {
@@ -433,12 +449,14 @@ void Worker::run_block(const Shape& shape, const std::function<void()>& body, In
 
   std::minstd_rand random(static_cast<uint32_t>(seed ^ seed >> 32) | 1);
   while (block.live > 0 && block.error == nullptr)
-    if (!block.step(random))
+    if (!block.step(random) && !block.async.advance(random))
       throw std::runtime_error("emulated kernel: deadlock, " + block.describe() +
                                block.who_waits_where());
   running = nullptr;
   if (block.error != nullptr) std::rethrow_exception(block.error);
   check_guards(block);
+  if (const std::string wrong = block.async.unfinished(); !wrong.empty())
+    throw std::runtime_error("emulated kernel: " + wrong + "\n  " + block.describe());
 }
 
 // Workers outlive launches, so that stacks are mapped once.

@@ -69,6 +69,13 @@ class PendingGroups {
   std::deque<std::vector<std::function<void()>>> committed_;
 };
 
+// Registers of one thread that wgmma is working on: 0xFF where the kernel sees them.
+struct Accumulators {
+  float* registers;
+  std::vector<float> values;
+  int operations;  // not yet waited for
+};
+
 // One CUDA thread.
 struct Fiber {
   enum State { kReady, kInWarpMeeting, kInBlockMeeting, kAsleep, kDone };
@@ -81,10 +88,14 @@ struct Fiber {
   unsigned mask;  // of the warp meeting
   bool needs_whole_warp;
   Finish finish;
-  void* record;          // this lane's operands and results, on its own stack while it waits
-  int block_result;      // of the block meeting
-  std::string detail;    // of a sleep, for the list of who waits where
-  PendingGroups copies;  // cp.async
+  void* record;            // this lane's operands and results, on its own stack while it waits
+  int block_result;        // of the block meeting
+  std::string detail;      // of a sleep, for the list of who waits where
+  PendingGroups copies;    // cp.async
+  PendingGroups stores;    // TMA
+  PendingGroups products;  // wgmma, of the warp: in its first lane
+  std::vector<Accumulators> accumulators;
+  bool wgmma_fenced = false;
   void* stack_pointer;
 };
 
@@ -114,6 +125,11 @@ int meet_block(const char* what, bool predicate, Place place);
 // on. One that does not wait is counted and goes on at once.
 void meet_part(const char* what, int id, int threads, bool waits, Place place);
 
+// Until another thread, or the scheduler, wakes this one. `detail` is for the list of who waits
+// where.
+void sleep(const char* what, const std::string& detail, Place place);
+void wake(Fiber& fiber);
+
 // Where in the block's shared memory the address is, in bytes. Fails unless all of the bytes belong
 // to one array and the address is a multiple of `alignment`.
 uint32_t shared_offset(const char* what, const void* address, size_t bytes, size_t alignment,
@@ -123,6 +139,8 @@ uint32_t shared_offset(const char* what, const void* address, size_t bytes, size
 // same array.
 void* static_shared(const void* key, size_t bytes, Place place);
 void* dynamic_shared();
+char* shared_base();    // on a 1024-byte line
+size_t shared_bytes();  // from there, all arrays so far
 
 // `Tag` is the type of a lambda at the declaration, so each declaration of each template instance
 // has its own array.
