@@ -110,25 +110,26 @@ class FusedSwin(SwinLoaders, SwinFeatures, nn.Module):
         # What set_input_size scales, so that each stage keeps its ratio of window to map.
         self._ref_window_sizes, self._ref_grid_size = windows, self.patch_embed.grid_size
 
+        self.feature_info = [
+            {"num_chs": width, "reduction": max(pair(patch_size)) * 2**i, "module": f"layers.{i}"}
+            for i, width in enumerate(widths)
+        ]
+        if version == 1:
+            own = [{"head_dim": head_dim} for head_dim in head_dims]
+        else:
+            own = [{"pretrained_window_size": pair(w)} for w in pretrained_window_sizes]
+        shared = {
+            "always_partition": always_partition,
+            "qkv_bias": qkv_bias,
+            "proj_drop": proj_drop_rate,
+            "attn_drop": attn_drop_rate,
+            "act_layer": act_layer,
+            "window_clamp": window_clamp,
+            "pad_mode": pad_mode,
+        }
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
-        self.feature_info, layers = [], []
-        for i in range(stages):
-            block = {
-                "num_heads": num_heads[i],
-                "mlp_ratio": mlp_ratios[i],
-                "always_partition": always_partition,
-                "qkv_bias": qkv_bias,
-                "proj_drop": proj_drop_rate,
-                "attn_drop": attn_drop_rate,
-                "act_layer": act_layer,
-                "window_clamp": window_clamp,
-                "pad_mode": pad_mode,
-            }
-            if version == 1:
-                block["head_dim"] = head_dims[i]
-            else:
-                block["pretrained_window_size"] = pair(pretrained_window_sizes[i])
-            layers.append(
+        self.layers = nn.Sequential(
+            *[
                 SwinStage(
                     version,
                     widths[max(i - 1, 0)],
@@ -138,15 +139,17 @@ class FusedSwin(SwinLoaders, SwinFeatures, nn.Module):
                     rates[i].tolist(),
                     downsample=i > 0,
                     norm_layer=norm_layer,
-                    block=block,
+                    block={
+                        "num_heads": num_heads[i],
+                        "mlp_ratio": mlp_ratios[i],
+                        **own[i],
+                        **shared,
+                    },
                     **where,
                 )
-            )
-            reduction = max(pair(patch_size)) * 2**i
-            self.feature_info.append(
-                {"num_chs": widths[i], "reduction": reduction, "module": f"layers.{i}"}
-            )
-        self.layers = nn.Sequential(*layers)
+                for i in range(stages)
+            ]
+        )
         self.norm = norm_layer(self.num_features, **where)
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **where)
         self.head_hidden_size = self.head.num_features
