@@ -50,6 +50,7 @@ VK_INLINE void matmul_panel(int64_t rows, const BlockOfA<Unit>& a, const Unit* p
   constexpr int64_t ldc = kVecs * kVec;
   const int64_t K = chains.total_units(), tiles = ceil_div(rows, kRows);
   const int64_t pieces = chains.units > kBlockChain ? ceil_div(chains.units, kBlockChain) : 1;
+  const bool waits = chains.parts * pieces > 1;  // else a tile's sums are finished in L1 at once
   for (int64_t part = 0; part < chains.parts; ++part)
     for (int64_t piece = 0; piece < pieces; ++piece) {
       const int64_t first = piece * chains.units / pieces;
@@ -68,10 +69,11 @@ VK_INLINE void matmul_panel(int64_t rows, const BlockOfA<Unit>& a, const Unit* p
           n = rows - row < kRows ? rows - row : kRows;
           at = a.data + row * K + k * kStrip;
         }
+        float* sums = waits ? c + row * ldc : c;
         gemm_rows<Unit, layout, kRows, kVecs, kScaled>(
             n, units, at, layout == ALayout::kRowMajor ? a.stride : kStrip,
-            panel + k * kVecs * kVec, c + row * ldc, ldc, part + piece > 0, scale);
-        if (last) finish(row, n, kVecs, c + row * ldc);
+            panel + k * kVecs * kVec, sums, ldc, part + piece > 0, scale);
+        if (last) finish(row, n, kVecs, sums);
         row += n;
       }
     }
