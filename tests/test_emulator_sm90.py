@@ -37,6 +37,7 @@ BUGS = {  # enum Bug of tile_sm90.cuh
     "empty wait": 8,
     "init fence": 9,
     "store tail": 10,
+    "early fence": 11,
 }
 # dtype, N, swizzle, A's and B's fastest index, where A comes from: kProducts of sm90.cpp.
 PRODUCTS = [
@@ -223,6 +224,7 @@ def test_missing_product_wait_is_caught(kernels):
     "bug,message",
     [
         ("proxy fence", "operand A of wgmma reads shared memory that ordinary stores have written"),
+        ("early fence", "operand A of wgmma reads shared memory that ordinary stores have written"),
         ("product fence", "wgmma without wgmma_fence"),
         ("init fence", "mbarrier that mbarrier_fence_init has not shown"),
     ],

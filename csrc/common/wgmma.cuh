@@ -77,16 +77,17 @@ VK_DEVICE void wgmma_wait(float (&c)[C]) {
   pin_registers(c);
 }
 
-// Hands registers from one warpgroup to another: all warps of a warpgroup, in a kernel with
-// __launch_bounds__ [P: setmaxnreg]. COUNT from 24 to 240 in steps of 8.
+// Hands registers from one warpgroup to another [P: setmaxnreg]: all warps of each warpgroup, in a
+// kernel whose __launch_bounds__ names blocks per multiprocessor too (else ptxas ignores it). COUNT
+// from 24 to 256 in steps of 8; over all warpgroups no more than the block began with.
 template <int COUNT>
 VK_DEVICE void give_up_registers() {
-  static_assert(COUNT >= 24 && COUNT <= 240 && COUNT % 8 == 0, "24 to 240, a multiple of 8");
+  static_assert(COUNT >= 24 && COUNT <= 256 && COUNT % 8 == 0, "24 to 256, a multiple of 8");
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 template <int COUNT>
 VK_DEVICE void take_registers() {
-  static_assert(COUNT >= 24 && COUNT <= 240 && COUNT % 8 == 0, "24 to 240, a multiple of 8");
+  static_assert(COUNT >= 24 && COUNT <= 256 && COUNT % 8 == 0, "24 to 256, a multiple of 8");
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 

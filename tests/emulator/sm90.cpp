@@ -56,6 +56,8 @@ Product product_with(Bug bug) {
       return kWith<Bug::kLoadWait>;
     case Bug::kProxyFence:
       return kWith<Bug::kProxyFence, kStores>;
+    case Bug::kEarlyFence:
+      return kWith<Bug::kEarlyFence, kStores>;
     case Bug::kProductFence:
       return kWith<Bug::kProductFence>;
     case Bug::kProductWait:

@@ -19,6 +19,7 @@ enum class Bug {
   kEmptyWait,  // of the producer for the consumers
   kInitFence,
   kStoreTail,
+  kEarlyFence,  // fence_proxy_async before the stores, not after
 };
 
 // Where A is when it is multiplied, and who brought it there.
@@ -94,6 +95,7 @@ __global__ void __launch_bounds__(128)
     TileB::load(b_tile, b_map, loaded, N, 0);
   }
   if (A == Source::kStores) {
+    if (BUG == Bug::kEarlyFence) fence_proxy_async();
     for (int i = thread; i < 64 * 32; i += 128) {  // two elements each, kK only
       const int row = i / 32, pair = i % 32, part = pair * 2 / TileA::kColumns;
       const auto offset = static_cast<uint32_t>(part * TileA::part_bytes(64) + row * TileA::kWidth +
@@ -101,7 +103,7 @@ __global__ void __launch_bounds__(128)
       *reinterpret_cast<uint32_t*>(a_tile + swizzled(SWIZZLE, offset)) =
           row < rows ? reinterpret_cast<const uint32_t*>(a)[i] : 0;
     }
-    if (BUG != Bug::kProxyFence) fence_proxy_async();
+    if (BUG != Bug::kProxyFence && BUG != Bug::kEarlyFence) fence_proxy_async();
   }
   if (BUG != Bug::kBarrier) __syncthreads();
   if (BUG != Bug::kLoadWait) mbarrier_wait(loaded, 0);

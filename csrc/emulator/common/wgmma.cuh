@@ -69,12 +69,12 @@ void wgmma_wait(float (&)[C], VkPlace place = VkPlace::here()) {
 // [P: setmaxnreg]
 template <int COUNT>
 void give_up_registers(VkPlace place = VkPlace::here()) {
-  static_assert(COUNT >= 24 && COUNT <= 240 && COUNT % 8 == 0, "24 to 240, a multiple of 8");
+  static_assert(COUNT >= 24 && COUNT <= 256 && COUNT % 8 == 0, "24 to 256, a multiple of 8");
   emulator::set_registers("give_up_registers", COUNT, place);
 }
 template <int COUNT>
 void take_registers(VkPlace place = VkPlace::here()) {
-  static_assert(COUNT >= 24 && COUNT <= 240 && COUNT % 8 == 0, "24 to 240, a multiple of 8");
+  static_assert(COUNT >= 24 && COUNT <= 256 && COUNT % 8 == 0, "24 to 256, a multiple of 8");
   emulator::set_registers("take_registers", COUNT, place);
 }
 
