@@ -22,7 +22,7 @@ class Plan:
     models: tuple[str, ...] = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224")
     batch: int = 8
     rounds: int = 20
-    budget_s: float = 5.0  # for each model and dtype
+    budget_s: float = 4.0  # for each model and dtype
 
 
 FULL = Plan()
