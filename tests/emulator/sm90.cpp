@@ -1,4 +1,4 @@
-// The kernels of tile_sm90.cuh for tests/test_emulator_sm90.py, each with a C function that
+// The kernels of tile_sm90.cuh for tests/test_emulator_{sm90,tma}.py, each with a C function that
 // launches it and returns null or the error.
 #include "exports.h"
 #include "tile_sm90.cuh"

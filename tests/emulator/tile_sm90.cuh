@@ -1,5 +1,5 @@
-// Kernels on the sm_90a primitives of csrc/common/, for tests/test_emulator_sm90.py: run by the
-// emulator, compiled by nvcc. A Bug takes one necessary thing away.
+// Kernels on the sm_90a primitives of csrc/common/, for tests/test_emulator_{sm90,tma}.py: run by
+// the emulator, compiled by nvcc. A Bug takes one necessary thing away.
 #pragma once
 
 #include "common/tma.cuh"
