@@ -256,3 +256,37 @@ def test_over_a_seam_nothing_is_seen():
     expected = torch.zeros(8, 8, dtype=torch.bool)
     expected[:2, :2] = True
     assert torch.equal(~corner.heat.isnan(), expected)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(**needs_timm)
+def test_names_mean_what_they_mean_in_timm(monkeypatch):
+    """The constructor arguments of every Swin that timm registers, and its image size."""
+    import timm
+    from timm.models import swin_transformer, swin_transformer_v2
+
+    from vitkernels.models.swin_names import swin_settings
+
+    asked = {}
+    for module, maker in (
+        (swin_transformer, "_create_swin_transformer"),
+        (swin_transformer_v2, "_create_swin_transformer_v2"),
+    ):
+        monkeypatch.setattr(module, maker, lambda name, pretrained, **more: (name, more))
+        for name in timm.list_models(module=module.__name__.rpartition(".")[2]):
+            asked[name] = getattr(module, name)()[1]
+    assert len(asked) >= 20
+    for name, expected in asked.items():
+        got = swin_settings(name)
+        assert got.pop("version", 1) == (2 if name.startswith("swinv2") else 1)
+        assert got.pop("img_size") == timm.models.get_pretrained_cfg(name).input_size[-1]
+        assert got == {"patch_size": 4, **expected}, name
+    for name in (
+        "swin_huge_patch4_window7_224",
+        "swinv2_cr_tiny_224",
+        "swin_tiny_patch4_window0_224",
+    ):
+        with pytest.raises(ValueError, match=r"^FusedSwin\.named: name must be swin_SIZE"):
+            swin_settings(name)
