@@ -44,13 +44,12 @@ def factor(backend, dtype, window):
 
 
 def make(backend, window, shift=0, dtype=FP32, **options):
-    """Few tokens: one row of windows where they are large, one sample for the interpreter."""
-    small = math.prod(pair(window)) <= (16 if backend == "triton" else 100)
-    sizes = {"windows": (2, 2) if small else (1, 2)}
+    """Few tokens: one row of windows where they are large, and one head for the interpreter."""
+    sizes = {}
     if backend == "triton":
-        sizes |= {"B": 1, "heads": 2 if small else 1}
-    elif not small:
-        sizes["B"] = 1
+        sizes = {"windows": (1, 2), "B": 1, "heads": 1}
+    elif math.prod(pair(window)) > 100:
+        sizes = {"windows": (1, 2), "B": 1}
     return window_problem(window, shift, dtype, **(sizes | options))
 
 
@@ -101,7 +100,7 @@ SHIFTS += [(7, shift) for s in range(1, 7) for shift in ((s, s), (s, 0), (0, s))
 @each_backend
 def test_every_shift(backend, window, shift):
     """On both axes and on one: where the shift ends, and which windows have a seam."""
-    if backend == "triton" and window == 7 and shift not in ((3, 3), (6, 0), (0, 1)):
+    if backend == "triton" and shift not in ((1, 2), (3, 3), (0, 1), (2, 0), (2, 4)):
         return
     # The torch composition and the reference know one way for all dtypes.
     dtypes = (FP32, BF16) if backend in ("cpu", "cuda") else (FP32,)
@@ -118,7 +117,7 @@ MAPS = [(1, 1), (1, 2), (2, 1), (3, 1), (1, 4), (2, 3), (4, 2), (3, 3)]
 @pytest.mark.parametrize("windows", MAPS, ids=lambda w: f"{w[0]}x{w[1]}")
 def test_maps(backend, windows, shift, dtype):
     """One window, one row or column of them, H != W; a lone window has up to four seam regions."""
-    if backend == "triton" and shift in ((2, 0), (0, 3)) and max(windows) > 2:
+    if backend == "triton" and (max(windows) > 2 or shift == 0):
         return
     problem = window_problem((3, 4), shift, dtype, windows=windows, B=1, heads=1)
     check(problem, backend, shape_class=name((3, 4), shift, windows=windows))
@@ -129,7 +128,7 @@ def test_maps(backend, windows, shift, dtype):
 def test_one_window_is_the_map(backend, window, shift, dtype):
     """H or W equal to the window, or both, with a shift all the same."""
     for windows in ((1, 1), (1, 3), (3, 1)):
-        if backend == "triton" and window > 5:
+        if backend == "triton" and window != 2:
             continue
         problem = make(backend, window, shift, dtype, windows=windows, B=1, cosine=windows[0] == 3)
         check(
@@ -142,7 +141,7 @@ def test_one_window_is_the_map(backend, window, shift, dtype):
 @each_backend
 def test_batches(backend, batch):
     for dtype in (FP32,) if backend == "triton" else DTYPE_IDS:
-        problem = window_problem((2, 3), (1, 1), dtype, B=batch)
+        problem = make(backend, (2, 3), (1, 1), dtype, B=batch)
         check(problem, backend, shape_class=name((2, 3), 1, batch=batch))
 
 
@@ -153,7 +152,7 @@ def test_batches(backend, batch):
 @each_pair
 @pytest.mark.parametrize("D", [*HEAD_DIMS, 1, 2, 5, 20, 33, 40, 56, 72, 96, 100, 112, 127])
 def test_head_dims(backend, D, dtype, cosine):
-    if backend == "triton" and cosine != (D in (5, 16, 48, 80)):
+    if backend == "triton" and (D > 80 or cosine != (D in (5, 16, 48))):
         return
     if D == 1 and cosine:
         return  # +-1: no length is left to differentiate, only its rounding errors
@@ -175,10 +174,11 @@ def test_head_dims_of_real_windows(backend, D, window, dtype):
 @each_pair
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 6, 7, 8, 12, 16, 24])
 def test_heads(backend, heads, dtype):
-    if backend == "triton" and heads not in (3, 6, 7):
+    if backend == "triton" and heads not in (2, 3, 7):
         return
     cosine = "timm" if heads in (3, 8, 24) else False
-    problem = window_problem((2, 3), (1, 1), dtype, B=1, heads=heads, D=8, cosine=cosine)
+    sizes = {"B": 1, "windows": (2, 1 if backend == "triton" else 2), "heads": heads, "D": 8}
+    problem = window_problem((2, 3), (1, 1), dtype, cosine=cosine, **sizes)
     check(problem, backend, shape_class=name((2, 3), 1, heads=heads, cosine=cosine))
 
 
@@ -207,6 +207,8 @@ def test_dtypes_of_the_parameters(backend, dtype, table_dtype, cosine):
 @each_backend
 def test_logit_scale_below_at_and_above_its_limit(backend, value, shape):
     """From ln 100 on the factor is 100; above it no gradient comes out, at it one does."""
+    if backend == "triton" and shape != "timm":
+        return
     # Cosines times 100 are half that off after rounding to 16 bits: one-hot rows flip.
     dtypes = (FP32, BF16) if value < 4 and backend != "triton" else (FP32,)
     for dtype in dtypes:

@@ -143,7 +143,9 @@ def window_problem(
 
 def small_windows(backend, window=(2, 3), shift=1, dtype=torch.float32, **options) -> WindowProblem:
     """Two samples of 2 x 3 windows; for the interpreter one sample of 2 x 2."""
-    sizes = {"windows": (2, 2), "B": 1} if backend == "triton" else {"windows": (2, 3), "B": 2}
+    sizes = {"windows": (2, 3), "B": 2}
+    if backend == "triton":
+        sizes = {"windows": (2, 2), "B": 1, "heads": 2}
     return window_problem(window, shift, dtype, **(sizes | options))
 
 
