@@ -45,7 +45,18 @@ def raw_arguments():
         "mean": torch.rand(3),
         "std": torch.ones(3),
     }
+    maps = {"qkv": torch.randn(2, 4, 6, 24)}
+    windows = {
+        "bias_table": torch.randn(15, 2), "logit_scale": torch.randn(2), "seed": None,
+        "window_h": 2, "window_w": 3, "shift_h": 1, "shift_w": 1, "num_heads": 2, "scale": 0.5,
+        "dropout_p": 0.0,
+    }  # fmt: skip
+    merged = torch.randn(2, 4, 6, 8)
+    window_saved = {"out": merged, "lse": torch.randn(2, 4, 2, 6)}
     return {
+        "window_attention_fwd": {**maps, **windows},
+        "window_attention_bwd": {"dout": merged, **maps, **window_saved, **windows,
+                                 "output_mask": [True] * 3},
         "add_layer_norm_fwd": {"x": x, "residual": x, **parameters, **branch, "eps": 1e-6,
                                "out_dtype": torch.float32},
         "add_layer_norm_bwd": {"dy": x, "dnew_residual": x, "z": x, **saved, "x": x, **parameters,
@@ -83,6 +94,7 @@ def test_raw_calls_refuse_what_a_kernel_would_misread(op):
     for name, value in good.items():
         bad = {
             "dropout_p": [0.5, -0.5, 1.0], "num_heads": [0, 5], "activation": [-1, 4],
+            "window_h": [0, 3], "window_w": [0, 4], "shift_h": [-1, 2], "shift_w": [-1, 3],
             "out_dtype": [torch.float64, torch.int32],
         }.get(name, [])  # fmt: skip
         if isinstance(value, torch.Tensor):

@@ -14,8 +14,11 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-MULTIPLIES = ("attention.", "linear_gelu._product", "patch_embed._forward", "patch_embed._dweight",
-              "patch_embed._dimages")  # fmt: skip
+MULTIPLIES = (
+    "attention.", "linear_gelu._product", "patch_embed._forward", "patch_embed._dweight",
+    "patch_embed._dimages",
+    *(f"window_attention._{name}_kernel" for name in ("forward", "window", "dq", "dkv", "dbias")),
+)  # fmt: skip
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # bytes of one block
 
 

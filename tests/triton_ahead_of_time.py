@@ -37,11 +37,17 @@ from vitkernels.ops.patch_embed import _triton_backward as patch_backward
 from vitkernels.ops.patch_embed import _triton_forward as patch_forward
 from vitkernels.ops.patch_embed import _triton_tiles as patch_tiles
 from vitkernels.ops.patch_merge import _triton as merge
+from vitkernels.ops.window_attention import _triton_backward as window_backward
+from vitkernels.ops.window_attention import _triton_dbias as window_dbias
+from vitkernels.ops.window_attention import _triton_forward as window_forward
+from vitkernels.ops.window_attention import _triton_passes as window_passes
+from vitkernels.ops.window_attention import _triton_tiles as window_tiles
 
+WINDOWS = (window_forward, window_backward, window_passes, window_dbias)
 PRODUCTS = (linear_forward, linear_backward, patch_forward, patch_backward)
 MODULES = (
     *(reduce, ln_forward, ln_backward, attention_forward, attention_backward, attention_dbias),
-    *(*PRODUCTS, merge),
+    *(*PRODUCTS, merge, window_tiles, *WINDOWS),
 )
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -146,6 +152,21 @@ def attention(N, D, dtype=BF16, bias=None, p=0.0, mask=False, B=64, H=4):
     attention_backward.attention_qkvpacked_bwd(out, qkv, H, out, lse, *options, wanted)
 
 
+def windows(size, window, shift=0, D=32, dtype=BF16, cosine=False, p=0.0, B=8, H=4, table=FP32):
+    """One square map; window and shift are ints or pairs."""
+    (Wh, Ww), shift = [(s, s) if isinstance(s, int) else s for s in (window, shift)]
+    qkv = torch.empty(B, size, size, 3 * H * D, dtype=dtype)
+    parameters = (
+        torch.empty((2 * Wh - 1) * (2 * Ww - 1), H, dtype=table),
+        torch.empty(H, 1, 1, dtype=table) if cosine else None,
+        torch.zeros(1, dtype=torch.int64) if p else None,
+    )
+    options = (*parameters, Wh, Ww, *shift, H, D**-0.5, p)
+    out, lse = window_forward.window_attention_fwd(qkv, *options)
+    wanted = [True, True, cosine]
+    window_backward.window_attention_bwd(out, qkv, out, lse, *options, wanted)
+
+
 def linear(M, K, N, dtype=BF16, gelu=1, x=None, parameters=None, recompute=False):
     inputs = torch.empty(M, K, dtype=x or dtype)
     weight = torch.empty(N, K, dtype=parameters or dtype)
@@ -195,6 +216,13 @@ MAIN = [
     case(attention, 197, 64, FP32),
     case(attention, 577, 64),
     case(attention, 257, 80),
+    case(windows, 56, 7, 3),
+    case(windows, 56, 7, 3, 32, FP16),
+    case(windows, 56, 7),
+    case(windows, 64, 8, 4, cosine=True, spills=40),
+    case(windows, 48, 12, 6),
+    case(windows, 64, 16, 8, cosine=True, spills=8),
+    case(windows, 56, 7, 3, 32, FP32),
     case(linear, 50432, 768, 3072),
     case(linear, 50432, 768, 768, gelu=0, parameters=FP32),
     case(linear, 197, 768, 3072),
@@ -216,6 +244,18 @@ EVERY = [
     case(layer_norm, 768, FP32, FP32, options=True, p=0.1),
     case(layer_norm, 1536, stream=FP32, options=True, p=0.1),
     case(layer_norm_add, 9000),
+    *[case(windows, 64, 8, 4, 32, dtype) for dtype in (BF16, FP16)],
+    *[case(windows, 56, 7, 3, D=D, spills=None) for D in (1, 16, 24, 64, 96, 128)],
+    *[case(windows, 48, 24, 12, 32, dtype, spills=None) for dtype in (BF16, FP16)],
+    *[case(windows, 64, 16, 8, 32, dtype, spills=None) for dtype in (BF16, FP16, FP32)],
+    case(windows, 72, 9, (0, 4), spills=None),
+    case(windows, 64, (8, 16), (4, 0), spills=None),
+    case(windows, 56, 7, 3, p=0.1, spills=None),
+    case(windows, 64, 8, 4, 32, FP16, cosine=True, p=0.1, spills=None),
+    case(windows, 48, 12, 6, cosine=True, p=0.1, spills=None),
+    case(windows, 64, 32, spills=None),
+    *[case(windows, 56, window, spills=None) for window in (1, 2, 4)],
+    *[case(windows, 64, 8, 4, D, FP32, cosine=True, spills=None) for D in (32, 64, 128)],
     *[case(attention, N, 64, dtype) for N in (1, 50, 144, 196, 198, 256, 257) for dtype in (BF16,)],
     *[case(attention, N, 64, FP16) for N in (197, 577)],
     *[case(attention, N, 64, FP32, spills=None) for N in (50, 257, 1025)],
@@ -261,11 +301,11 @@ def compile_cases(capability: int, cases: list[dict]) -> list[dict]:
 
 if __name__ == "__main__":
     capability, chosen = int(sys.argv[1]), SETS[sys.argv[2]]
-    plans = (attention_forward, attention_backward, attention_dbias, *PRODUCTS)
+    plans = (attention_forward, attention_backward, attention_dbias, *WINDOWS, *PRODUCTS)
     for module in plans:
         if "small" in sys.argv[3:] and hasattr(module, "stages"):
             module.stages = lambda device, wanted: 1  # consumer GPUs: 99 KB of shared memory
-        if module in PRODUCTS:
+        if module in (*WINDOWS, *PRODUCTS) and hasattr(module, "multiprocessors"):
             module.multiprocessors = lambda device: 132  # an H200's, or every product is large
     for module in (attention_backward, linear_forward, patch_tiles):
         module.capability = lambda device: capability

@@ -35,15 +35,11 @@ def _not_written_yet(D: int, N: int) -> str | None:
     return "window_attention in CUDA C++ is not part of this version; triton is"
 
 
-def _lands_soon(D: int, N: int) -> str | None:
-    return "not written yet"
-
-
 # Order of preference. qkv, bias_table and logit_scale each have their own dtype.
 BACKENDS = (
     Backend("cpu", limit=_size_limit),
     Backend("cuda", limit=_not_written_yet),
-    Backend("triton", limit=_lands_soon),
+    Backend("triton", limit=_size_limit),
     Backend("torch", EVERY_FLOAT),
     Backend("reference", EVERY_FLOAT),
 )
