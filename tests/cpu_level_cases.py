@@ -14,6 +14,7 @@ from linear_gelu_problems import APPROXIMATIONS, linear_gelu_problem, linear_pro
 from patch_embed_problems import UINT8, patch_embed_problem
 from patch_merge_problems import patch_merge_problem
 from problems import DTYPE_IDS, check
+from window_attention_problems import window_problem
 
 from vitkernels import _native, testing
 
@@ -26,6 +27,11 @@ PRODUCTS = [(M, K, N) for M in (1, 13, 50) for K, N in ((7, 97), (96, 96), (160,
 EMBEDDINGS = (
     (3, 4, 96, 3), (2, 8, 33, 3), ((1, 3), 14, 40, 3), (2, 16, 96, 3), ((2, 1), 32, 24, 3),
     (2, (3, 5), 17, 4), (5, 16, 64, 1),
+)  # fmt: skip
+# (window, shift, D): keys and head dims below, across and at multiples of every vector width.
+WINDOWS = (
+    ((7, 7), 3, 32), ((3, 5), (1, 2), 24), ((12, 12), (6, 0), 16), ((2, 20), (0, 7), 33),
+    ((8, 8), 4, 7), ((1, 1), 0, 64),
 )  # fmt: skip
 
 
@@ -47,9 +53,21 @@ def problems(dtype):
             yield f"N{N} D{D} bias mask dropout", make(2, N, 2, D, dtype, **masked)
             yield f"N{N} D{D} bare", make(2, N, 2, D, dtype)
     yield "N50 Nk197 D64 bare", attention_problem(2, 50, 2, 64, dtype, Nk=197)
+    yield from windows(dtype)
     yield from merges(dtype)
     yield from products(dtype)
     yield from embeddings(dtype)
+
+
+def windows(dtype):
+    for window, shift, D in WINDOWS:
+        name, common = f"{window} shift {shift} D{D}", {"B": 1, "windows": (2, 3), "D": D}
+        yield name, window_problem(window, shift, dtype, **common)
+        table = {"table_dtype": dtype, "scale_dtype": dtype, "dropout_p": DROPOUT}
+        yield (
+            f"{name} cosine",
+            window_problem(window, shift, dtype, cosine="timm", **common, **table),
+        )
 
 
 def merges(dtype):

@@ -21,6 +21,7 @@ CASES = {
     "attention": 63,
     "attention_qkvpacked": 60,
     "patch_embed": 52,
+    "window_attention": 36,
     "patch_merge_layer_norm": 32,
     "linear_gelu": 49,
     "linear": 40,

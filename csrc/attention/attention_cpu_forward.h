@@ -96,7 +96,7 @@ void forward_items(const AttentionArgs& a, int64_t begin, int64_t end, void* mem
       const Vec factor = splat(scale), top = splat(s.tops[r]);
       const Vec sum = row_probabilities(
           vecs, a.dropout ? s.factors : nullptr, s.probabilities + r * s.probability_stride,
-          [&](int64_t v) { return (load(scores + v * kVec) - top) * factor; });
+          [&](int64_t v) { return exp2((load(scores + v * kVec) - top) * factor); });
       store(s.partials + r * kVec, sum);
     }
     reduce_lanes(s.partials, rows, s.sums, [](Vec x, Vec y) { return x + y; });

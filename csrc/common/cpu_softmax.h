@@ -138,14 +138,13 @@ VK_INLINE Vec row_max(const float* scores, int64_t vecs) {
   return max_of_numbers(max_of_numbers(high[0], high[1]), max_of_numbers(high[2], high[3]));
 }
 
-// p = 2^exponent(v) over the vectors of a row, times the dropout factors where there are some; P is
+// p = power(v) over the vectors of a row, times the dropout factors where there are some; P is
 // rounded to bf16 when units are pairs. Returns the lane-wise sum before dropout and rounding.
-template <class Unit, class Exponent>
-VK_INLINE Vec row_probabilities(int64_t vecs, const float* factors, Unit* out,
-                                Exponent&& exponent) {
+template <class Unit, class Power>
+VK_INLINE Vec row_probabilities(int64_t vecs, const float* factors, Unit* out, Power&& power) {
   Vec sum[2] = {Vec{}, Vec{}};
   const auto probability = [&](int64_t v, Vec& total) {
-    const Vec p = exp2(exponent(v));
+    const Vec p = power(v);
     total = total + p;
     return factors == nullptr ? p : p * load(factors + v * kVec);
   };

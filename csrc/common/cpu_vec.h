@@ -341,16 +341,18 @@ VK_INLINE Vec exp2_by(Vec x, Power&& power) {
 #endif
 }
 
-// Within 1 ulp.
+// 2^(x - kDown) for x <= 127, within 1 ulp.
+template <int kDown = 0>
 VK_INLINE Vec exp2(Vec x) {
+  constexpr float kUnit = 1.0f / static_cast<float>(1 << kDown);  // exact in every coefficient
   return exp2_by(x, [](Vec r) {
-    Vec p = splat(2.170225489e-4f);  // minimax on [0, 1], relative error 2e-9
-    p = fma(p, r, splat(1.243968727e-3f));
-    p = fma(p, r, splat(9.678840637e-3f));
-    p = fma(p, r, splat(5.548334122e-2f));
-    p = fma(p, r, splat(2.402298301e-1f));
-    p = fma(p, r, splat(6.931470037e-1f));
-    return fma(p, r, splat(1.0f));
+    Vec p = splat(kUnit * 2.170225489e-4f);  // minimax on [0, 1], relative error 2e-9
+    p = fma(p, r, splat(kUnit * 1.243968727e-3f));
+    p = fma(p, r, splat(kUnit * 9.678840637e-3f));
+    p = fma(p, r, splat(kUnit * 5.548334122e-2f));
+    p = fma(p, r, splat(kUnit * 2.402298301e-1f));
+    p = fma(p, r, splat(kUnit * 6.931470037e-1f));
+    return fma(p, r, splat(kUnit));
   });
 }
 

@@ -77,7 +77,7 @@ struct WindowBackward {
   Carver carver;
   HeadOperands<T> operands;
   const BackwardScratch<Unit> s;
-  WindowTokens tokens;
+  WindowTokens tokens, next;
   int64_t window = 0, h = 0;
 
   WindowBackward(const WindowAttentionArgs& args, void* memory)
@@ -86,7 +86,8 @@ struct WindowBackward {
         carver(memory),
         operands(args, &carver),
         s(args, &carver),
-        tokens(args, &carver) {}
+        tokens(args, &carver),
+        next(args, &carver) {}
 
   int64_t scratch_bytes() const { return carver.bytes(); }
 
@@ -104,6 +105,10 @@ struct WindowBackward {
       pack_rows<Unit>(dout, N, a.D, s.douts);
     }
     const ScoreTerms terms = operands.terms(tokens, h);
+    prefetch_rows<false>(head_rows<T>(a, next, 0, h).data, next.qkv, 1, N, a.D, 3, a.heads * a.D);
+    prefetch_rows<false>(dout.data, next.dout, 1, N, a.D, 1, 0);
+    if (a.dqkv != nullptr)
+      prefetch_rows<true>(gradient(0), tokens.places, 3 * a.heads * a.D, N, a.D, 3, a.heads * a.D);
     for (int64_t i0 = 0; i0 < N; i0 += block) {
       const int64_t rows = N - i0 < block ? N - i0 : block, R = units_of<Unit>(rows);
       const RowUnits<Unit> qr = operands.query_units(i0, rows, s.query_rows);
@@ -309,7 +314,9 @@ void backward_items(const WindowAttentionArgs& a, int64_t begin, int64_t end, vo
                     static_cast<size_t>(head_strips(a)) * sizeof(float));
     }
     for (int64_t w = chunk * windows / chunks; w < (chunk + 1) * windows / chunks; ++w) {
-      backward.tokens.begin(a, w);
+      if (w == chunk * windows / chunks) backward.next.begin(a, w);
+      std::swap(backward.tokens, backward.next);
+      backward.next.begin(a, w + 1 < windows ? w + 1 : w);
       backward.window = w;
       for (backward.h = first; backward.h < last; ++backward.h) backward.head();
     }

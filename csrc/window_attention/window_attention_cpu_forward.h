@@ -12,6 +12,11 @@ namespace {
 
 constexpr int64_t kForwardQueries = 32;  // at most: score rows stay in L1 beside the packed keys
 
+// P is 2^-kDown too small until it is normalised: sums over all keys of a window stay within V's
+// largest values. The powers of two cost no rounding.
+constexpr int kDown = 10;
+constexpr float kUp = 1 << kDown;
+
 inline int64_t forward_blocks(const WindowAttentionArgs& a) {
   return ceil_div(a.tokens(), kForwardQueries);
 }
@@ -51,10 +56,15 @@ struct WindowForward {
   Carver carver;
   HeadOperands<T> operands;
   const ForwardScratch<Unit> s;
-  WindowTokens tokens;
+  WindowTokens tokens, next;
 
   WindowForward(const WindowAttentionArgs& args, void* memory)
-      : a(args), carver(memory), operands(args, &carver), s(args, &carver), tokens(args, &carver) {}
+      : a(args),
+        carver(memory),
+        operands(args, &carver),
+        s(args, &carver),
+        tokens(args, &carver),
+        next(args, &carver) {}
 
   int64_t scratch_bytes() const { return carver.bytes(); }
 
@@ -65,6 +75,9 @@ struct WindowForward {
     operands.pack_keys_transposed(s.keys);
     pack_rows<Unit>(head_rows<T>(a, tokens, 2, h), N, a.D, s.values);
     const ScoreTerms terms = operands.terms(tokens, h);
+    prefetch_rows<false>(head_rows<T>(a, next, 0, h).data, next.qkv, 1, N, a.D, 3, a.heads * a.D);
+    prefetch_rows<true>(static_cast<const T*>(a.out) + h * a.D, tokens.places, a.heads * a.D, N,
+                        a.D, 1, 0);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t i0 = block * N / blocks, rows = (block + 1) * N / blocks - i0;
       const RowUnits<Unit> units = operands.query_units(i0, rows, s.queries);
@@ -107,13 +120,15 @@ struct WindowForward {
       if (a.dropout) dropout_row(a, window_head, i0 + r, 1.0f, s.factors);
       const float* scores = s.scores + r * s.score_stride;
       const Vec top = splat(s.tops[r]);
-      const Vec sum = row_probabilities(vecs_of(N), a.dropout ? s.factors : nullptr,
-                                        s.probabilities + r * s.probability_stride,
-                                        [&](int64_t v) { return load(scores + v * kVec) - top; });
+      const Vec sum = row_probabilities(
+          vecs_of(N), a.dropout ? s.factors : nullptr, s.probabilities + r * s.probability_stride,
+          [&](int64_t v) { return exp2<kDown>(load(scores + v * kVec) - top); });
       store(s.partials + r * kVec, sum);
     }
     reduce_lanes(s.partials, rows, s.sums, [](Vec x, Vec y) { return x + y; });
-    finish_sums(s.sums, s.tops, rows, static_cast<float>(kLn2), a.dropout ? a.keep_scale : 1.0f);
+    for (int64_t r = 0; r < rows; ++r) s.sums[r] *= kUp;
+    finish_sums(s.sums, s.tops, rows, static_cast<float>(kLn2),
+                kUp * (a.dropout ? a.keep_scale : 1.0f));
     std::memcpy(a.lse + window_head * N + i0, s.tops, static_cast<size_t>(rows) * sizeof(float));
   }
 };
@@ -124,7 +139,11 @@ void forward_items(const WindowAttentionArgs& a, int64_t begin, int64_t end, voi
   const int64_t groups = a.head_groups();
   for (int64_t item = begin; item < end; ++item) {
     const int64_t window = item / groups, group = item % groups;
-    forward.tokens.begin(a, window);
+    if (item == begin) forward.next.begin(a, window);
+    if (item == begin || group == 0) {
+      std::swap(forward.tokens, forward.next);
+      forward.next.begin(a, window + 1 < a.windows() ? window + 1 : window);
+    }
     for (int64_t h = group * a.heads / groups; h < (group + 1) * a.heads / groups; ++h)
       forward.head(window, h);
   }

@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 #include "common/cpu_gemm.h"
 #include "common/cpu_softmax.h"
@@ -158,6 +159,18 @@ template <class T>
 TokenRows<T> head_rows(const WindowAttentionArgs& a, const WindowTokens& tokens, int64_t which,
                        int64_t h) {
   return {static_cast<const T*>(a.qkv.data) + (which * a.heads + h) * a.D, tokens.qkv};
+}
+
+// Asks for `parts` heads' rows, `part` elements apart, at tokens of a window that comes later: the
+// rows of a window are many short runs, which no hardware prefetcher foresees.
+template <bool kWrite, class T>
+VK_INLINE void prefetch_rows(const T* data, const int64_t* offsets, int64_t scale, int64_t rows,
+                             int64_t D, int64_t parts, int64_t part) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t p = 0; p < parts; ++p)
+      for (int64_t d = 0; d < D; d += kLine)
+        __builtin_prefetch(data + offsets[r] * scale + p * part + d, kWrite ? 1 : 0, 2);
 }
 
 // ---- cosines
