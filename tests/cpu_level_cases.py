@@ -31,7 +31,7 @@ EMBEDDINGS = (
 # (window, shift, D): keys and head dims below, across and at multiples of every vector width.
 WINDOWS = (
     ((7, 7), 3, 32), ((3, 5), (1, 2), 24), ((12, 12), (6, 0), 16), ((2, 20), (0, 7), 33),
-    ((8, 8), 4, 7), ((1, 1), 0, 64),
+    ((8, 8), 4, 7), ((4, 4), 1, 64),
 )  # fmt: skip
 
 

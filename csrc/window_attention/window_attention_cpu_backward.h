@@ -264,7 +264,7 @@ struct WindowBackward {
   void store_gradient(int64_t which, const TokenRows<T>& row, int64_t first, int64_t rows, float* x,
                       const float* lengths) {
     const float factor = head_factors(a)[h];
-    T* out = gradient(which);
+    T* out = a.dqkv == nullptr ? nullptr : gradient(which);
     for (int64_t r = 0; r < rows; ++r, x += s.d_stride) {
       float scale = factor;
       if (operands.cosine) {
