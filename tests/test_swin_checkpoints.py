@@ -129,6 +129,15 @@ def test_timm_after_set_input_size(version):
     same({"y": ours(x)}, {"y": theirs(x)})
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_timm_shifts_again_after_a_map_of_one_token(version):
+    theirs, x = timm_swin(version, img_size=16), images(64)
+    ours = FusedSwin.from_timm(theirs)
+    for model in (theirs, ours):
+        model.set_input_size(64, window_size=2)
+    same({"y": ours(x)}, {"y": theirs(x)})
+
+
 def test_timm_modes_rates_and_configuration_are_copied():
     theirs = timm_swin(drop_path_rate=0.3, proj_drop_rate=0.1, attn_drop_rate=0.2, drop_rate=0.4)
     theirs.train().layers[1].eval()
