@@ -30,15 +30,13 @@ struct Chains {
   int64_t total_units() const { return parts * units; }
 };
 
-// Rows of A for one block. kRowMajor: rows of units. kColMajor: strips of kStrip rows, each
-// packed_k x kStrip (pack_strips).
+// Rows of A for one block. kRowMajor: rows of units. kColMajor: vectors of kVec rows, each packed_k
+// x kVec (pack_columns).
 template <class Unit>
 struct BlockOfA {
   const Unit* data;
   int64_t stride;  // kRowMajor only
 };
-
-constexpr int kStrip = kTileRows[kMaxPanel] < kVec ? kTileRows[kMaxPanel] : kVec;
 
 // fp32 sums that matmul_block needs for a block of `rows` rows.
 constexpr int64_t block_floats(int64_t rows) { return rows * kMaxPanel * kVec; }
@@ -46,9 +44,13 @@ constexpr int64_t block_floats(int64_t rows) { return rows * kMaxPanel * kVec; }
 template <ALayout layout, int kVecs, bool kScaled, class Unit, class Finish>
 VK_INLINE void matmul_panel(int64_t rows, const BlockOfA<Unit>& a, const Unit* panel,
                             const Chains& chains, float* c, Finish&& finish) {
-  constexpr int kRows = layout == ALayout::kRowMajor ? kTileRows[kVecs] : kStrip;
+  constexpr int kMaxRows = kTileRows[kVecs];
   constexpr int64_t ldc = kVecs * kVec;
-  const int64_t K = chains.total_units(), tiles = ceil_div(rows, kRows);
+  // Tiles as even as possible: over all rows, or inside each vector of packed columns.
+  constexpr int64_t kSplit = ceil_div(kVec, kMaxRows);  // tiles of a whole vector of rows
+  const int64_t K = chains.total_units();
+  const int64_t tiles =
+      layout == ALayout::kRowMajor ? ceil_div(rows, kMaxRows) : ceil_div(rows, kVec) * kSplit;
   const int64_t pieces = chains.units > kBlockChain ? ceil_div(chains.units, kBlockChain) : 1;
   const bool waits = chains.parts * pieces > 1;  // else a tile's sums are finished in L1 at once
   for (int64_t part = 0; part < chains.parts; ++part)
@@ -62,17 +64,19 @@ VK_INLINE void matmul_panel(int64_t rows, const BlockOfA<Unit>& a, const Unit* p
       for (int64_t t = 0; t < tiles; ++t) {
         int64_t n;
         const Unit* at;
-        if constexpr (layout == ALayout::kRowMajor) {  // tiles as even as possible
+        if constexpr (layout == ALayout::kRowMajor) {
           n = (rows + tiles - 1 - t) / tiles;
           at = a.data + row * a.stride + k;
         } else {
-          n = rows - row < kRows ? rows - row : kRows;
-          at = a.data + row * K + k * kStrip;
+          const int64_t vector = t / kSplit, room = rows - vector * kVec;
+          n = ((room < kVec ? room : kVec) + kSplit - 1 - t % kSplit) / kSplit;
+          at = a.data + vector * kVec * K + k * kVec + row % kVec;
+          if (n == 0) continue;
         }
         float* sums = waits ? c + row * ldc : c;
-        gemm_rows<Unit, layout, kRows, kVecs, kScaled>(
-            n, units, at, layout == ALayout::kRowMajor ? a.stride : kStrip,
-            panel + k * kVecs * kVec, sums, ldc, part + piece > 0, scale);
+        gemm_rows<Unit, layout, kMaxRows, kVecs, kScaled>(
+            n, units, at, layout == ALayout::kRowMajor ? a.stride : kVec, panel + k * kVecs * kVec,
+            sums, ldc, part + piece > 0, scale);
         if (last) finish(row, n, kVecs, sums);
         row += n;
       }
@@ -159,26 +163,30 @@ BlockOfA<Unit> block_of_rows(const RowsIn& m, DType dtype, int64_t row, int64_t 
   return {scratch, stride};
 }
 
-// `columns` columns of a (K, ...) operand of compute dtype T as strips of units: A = operand^T.
-// out: round_up(columns, kStrip) * units_of(K). A few rows at a time: their lines stay in L1 while
-// strip after strip takes its part.
+// `columns` columns of a (K, ...) operand of compute dtype T as vectors of units: A = operand^T.
+// out: round_up(columns, kVec) * units_of(K). A few rows at a time: their lines stay in L1 while
+// vector after vector takes its part, and those of the next rows are on their way.
 template <class Unit, class T>
-void pack_strips(const T* src, int64_t stride, int64_t K, int64_t columns, Unit* out) {
-  constexpr int64_t kRows = 32;
+void pack_columns(const T* src, int64_t stride, int64_t K, int64_t columns, Unit* out) {
+  constexpr int64_t kRows = 16;
   const int64_t units = units_of<Unit>(K);
-  for (int64_t k0 = 0; k0 < units; k0 += kRows)
-    for (int64_t c = 0; c < columns; c += kStrip) {
-      const int64_t rest = columns - c, n = rest < kVec ? rest : kVec;
-      const int kept = static_cast<int>(rest < kStrip ? rest : kStrip);
+  for (int64_t k0 = 0; k0 < units; k0 += kRows) {
+    const int64_t end = k0 + kRows < units ? k0 + kRows : units;
+    const int64_t ahead = (end + kRows < units ? end + kRows : units) * kElements<Unit>;
+    for (int64_t row = end * kElements<Unit>; row < ahead && row < K; ++row)
+      for (int64_t c = 0; c < columns; c += 64 / static_cast<int64_t>(sizeof(T)))
+        __builtin_prefetch(src + row * stride + c);
+    for (int64_t c = 0; c < columns; c += kVec) {
+      const int64_t n = columns - c < kVec ? columns - c : kVec;
       float* to = reinterpret_cast<float*>(out + c * units);
-      for (int64_t k = k0; k < units && k < k0 + kRows; ++k) {
+      for (int64_t k = k0; k < end; ++k) {
         const T* row = src + k * kElements<Unit> * stride + c;
         const bool has_second = (k + 1) * kElements<Unit> <= K;
-        const Vec v = n == kVec ? load_row_units<Unit>(row, stride, has_second, kVec)
-                                : load_row_units<Unit>(row, stride, has_second, n);
-        store_n(to + k * kStrip, v, kept);
+        store(to + k * kVec, n == kVec ? load_row_units<Unit>(row, stride, has_second, kVec)
+                                       : load_row_units<Unit>(row, stride, has_second, n));
       }
     }
+  }
 }
 
 // Panel i of B = src^T (src: one row for each of the `columns` columns of B, K elements long).

@@ -36,7 +36,7 @@ int64_t sums_bytes(const ProductArgs& p) {
 template <class T>
 int64_t product_scratch_of(const ProductArgs& p) {
   using Unit = typename UnitOf<T>::type;
-  const int64_t rows = round_up(block_rows(p), kStrip);
+  const int64_t rows = round_up(block_rows(p), kVec);
   const int64_t copy =
       p.a_transposed ? rows * units_of<Unit>(p.K) * 4 + kLine : copied_bytes<Unit>(rows, p.K);
   return sums_bytes<Unit>(p) + copy;
@@ -144,7 +144,7 @@ void product_items(const ProductArgs& p, int64_t begin, int64_t end, void* scrat
     const int64_t rows = (block + 1) * p.M / p.row_blocks - first;
     if (item == begin || group == 0) {
       if (p.a_transposed) {
-        pack_strips<Unit>(at<const T>(p.a, 0, first), p.a.stride, p.K, rows, copy);
+        pack_columns<Unit>(at<const T>(p.a, 0, first), p.a.stride, p.K, rows, copy);
         a = {copy, 0};
       } else {
         a = block_of_rows<T>(rows_in(p.a), p.dtype, first, rows, p.K, copy);
