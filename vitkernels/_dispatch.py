@@ -16,6 +16,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -278,6 +279,13 @@ def keep_signature(function: type) -> type:
     through inspect.signature, which takes 5 to 10 us to rebuild what is kept here."""
     function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
     return function
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """What runs in the dtypes of its tensors, also under torch.autocast."""
+    if autocast_dtype(device) is None:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

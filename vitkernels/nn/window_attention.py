@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._dispatch import no_autocast
 from ..ops import linear, window_attention
 from ..ops.window_attention import reference
 from .linear import Linear
@@ -174,7 +175,7 @@ class WindowAttentionV2(_WindowAttention):
 
     def bias_table(self) -> Tensor:
         """((2 Wh - 1)(2 Ww - 1), heads), fp32 (float64 in float64), also under autocast."""
-        with torch.autocast(self.logit_scale.device.type, enabled=False):
+        with no_autocast(self.logit_scale.device):
             table = reference.widen(self.cpb_mlp(self.relative_coords_table)).flatten(0, 2)
             return 16 * torch.sigmoid(table)
 
