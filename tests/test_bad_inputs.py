@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -380,3 +381,10 @@ def test_a_refusing_backend_says_what_the_others_do(op, dtype):
     ) as caught:
         getattr(vitkernels.ops, op)(**arguments, backend="triton")
     assert "reference: can serve it" in str(caught.value)
+
+
+def test_what_came_is_told_in_one_line():
+    many_lines = numpy.zeros((2, 4, 4, 24))
+    with pytest.raises(TypeError, match=r"^window_attention: qkv must be .*ndarray ") as error:
+        vitkernels.ops.window_attention(**good_arguments("window_attention") | {"qkv": many_lines})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 250

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from swin_pairs import ROUNDING, images, logits_and_grads, needs_timm, pair, same, settings
+from swin_pairs import FAST, ROUNDING, images, logits_and_grads, needs_timm, pair, same, settings
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -314,6 +314,18 @@ def test_feature_pyramid(norms, indices):
         ({"window_clamp": "both"}, "window_clamp must be one of 'axis', 'min', 'pad'"),
         ({"std": 0.0}, "std must be above 0"),
         ({"mean": (0.5, 0.5)}, "mean must be a float or 3 floats"),
+        ({"img_size": None}, "img_size must be a positive integer, got NoneType"),
+        ({"img_size": 224.0}, "img_size must be a positive integer, got float"),
+        ({"img_size": (64,)}, r"img_size must be one size or \(height, width\), got tuple"),
+        ({"img_size": 3}, r"img_size must be at least patch_size = \(4, 4\), got \(3, 3\)"),
+        ({"patch_size": (4, 4, 4)}, r"patch_size must be one size or \(height, width\)"),
+        ({"in_chans": 0}, "in_chans must be a positive integer"),
+        ({"num_classes": -1}, "num_classes must be an integer of at least 0, got -1"),
+        ({"num_classes": None}, "num_classes must be an integer of at least 0, got NoneType"),
+        ({"embed_dim": None}, "embed_dim must be a positive integer, got NoneType"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio must be a positive number"),
+        ({"pretrained_window_sizes": ("a", 0, 0), "version": 2}, "pretrained_window_sizes must be"),
+        ({"pretrained_window_sizes": (0, (4, -1), 0)}, "pretrained_window_sizes must be"),
     ],
     ids=str,
 )
@@ -321,6 +333,48 @@ def test_bad_constructor_arguments(arguments, sentence):
     with pytest.raises((TypeError, ValueError), match=sentence) as error:
         FusedSwin(**settings("v1", **arguments), device="meta")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    ({"img_size": 0}, "img_size must be a positive integer, got 0"),
+    ({"img_size": (3, 64)}, r"img_size must be at least patch_size = \(4, 4\), got \(3, 64\)"),
+    ({"img_size": "64"}, "img_size must be a positive integer, got str"),
+    ({"img_size": (64,)}, "img_size must be one size or"),
+    ({"patch_size": 0}, "patch_size must be a positive integer, got 0"),
+    ({"patch_size": "a"}, "patch_size must be a positive integer, got str"),
+    ({"patch_size": 128}, "img_size must be at least patch_size"),
+    ({"img_size": 32, "window_size": 0}, "window_size must be a positive integer"),
+    ({"img_size": 32, "window_ratio": 0}, "window_ratio must be a positive integer"),
+    ({"window_size": (2, 4), "window_clamp": "min"}, "window_size must be square"),
+], ids=str)  # fmt: skip
+def test_a_refused_input_size_changes_nothing(arguments, sentence):
+    arguments = dict(arguments)
+    ours = FusedSwin(**settings("v1", window_clamp=arguments.pop("window_clamp", "axis"))).eval()
+    x = images()
+    before = ours(x)
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        ours.set_input_size(**arguments)
+    assert torch.equal(ours(x), before)
+    ours.set_input_size(32)  # windows are in proportion to what was there before
+    assert [stage.blocks[0].window_size for stage in ours.layers] == [(2, 2)] * 3
+
+
+def test_windows_of_microsofts_clamp_stay_square():
+    ours = FusedSwin(**settings("v1", window_clamp="min")).eval()
+    ours.set_input_size((64, 128))
+    assert {block.window_size for stage in ours.layers for block in stage.blocks} == {(4, 4)}
+    assert ours(torch.randn(1, 3, 64, 128)).isfinite().all()
+    ours.set_input_size((128, 256), window_ratio=8)
+    assert {block.window_size for stage in ours.layers for block in stage.blocks} == {(4, 4)}
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_shapes_without_storage(name):
+    ours = FusedSwin(**settings(name), device="meta")
+    logits = ours(images(name).to("meta"))
+    assert logits.shape == (2, 10)
+    logits.sum().backward()
+    assert all(p.grad.shape == p.shape for p in ours.parameters())
 
 
 def test_bad_calls():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NoReturn
 
 import torch
@@ -24,7 +25,8 @@ def describe(value: object) -> str:
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"a {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    text = " ".join(repr(value).split())  # arrays and long lists, too, on one line
+    return f"{type(value).__name__} {text if len(text) <= 100 else text[:97] + '...'}"
 
 
 def tensor(
@@ -93,6 +95,14 @@ def positive_int(op: str, arg: str, value: object) -> None:
         fail(op, arg, "a positive integer", describe(value), TypeError)
     if value <= 0:
         fail(op, arg, "a positive integer", value)
+
+
+def count(op: str, arg: str, value: object) -> None:
+    """An integer that is not negative; numpy's, too: classes are often counted with it."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        fail(op, arg, "an integer of at least 0", describe(value), TypeError)
+    if value < 0:
+        fail(op, arg, "an integer of at least 0", value)
 
 
 def no_grad_tensor(op: str, arg: str, value: torch.Tensor) -> None:

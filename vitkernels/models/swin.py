@@ -81,14 +81,14 @@ class FusedSwin(SwinLoaders, SwinFeatures, nn.Module):
         mlp_ratios = per_stage("mlp_ratio", mlp_ratio, stages)
         windows = stage_windows("FusedSwin", window_size, stages)
         check_swin(
-            version, widths, depths, num_heads, head_dims, windows, mlp_ratios, global_pool,
-            weight_init, pad_mode, window_clamp, pretrained_window_sizes,
+            version, in_chans, num_classes, widths, depths, num_heads, head_dims, windows,
+            mlp_ratios, global_pool, weight_init, pad_mode, window_clamp, pretrained_window_sizes,
             drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate,
             drop_path_rate=drop_path_rate,
         )  # fmt: skip
         norm_layer = known("FusedSwin", "norm_layer", norm_layer or nn.LayerNorm)
         act_layer = known("FusedSwin", "act_layer", act_layer, nn.GELU)
-        embed_layer = known("FusedSwin", "embed_layer", embed_layer)
+        embed_layer = known("FusedSwin", "embed_layer", embed_layer, PatchEmbed)
 
         self.version, self.num_classes, self.in_chans = version, num_classes, in_chans
         self.global_pool, self.output_fmt = global_pool, "NHWC"
@@ -242,13 +242,13 @@ class FusedSwin(SwinLoaders, SwinFeatures, nn.Module):
 
         window_size: one, (height, width), or one for each stage. window_ratio: the window is the
         patch grid divided by it (one, or one for each stage). With neither, windows scale with the
-        patch grid.
+        patch grid. Sizes that are refused change nothing.
         """
-        sizes = scaled_windows("set_input_size", len(self.layers), window_size, window_ratio)
+        sizes = scaled_windows(
+            "set_input_size", len(self.layers), window_size, window_ratio, self.window_clamp
+        )
         if img_size is not None or patch_size is not None:
-            self.patch_embed.set_input_size(
-                img_size and pair(img_size), patch_size and pair(patch_size)
-            )
+            self.patch_embed.set_input_size(img_size, patch_size)
         if patch_size is not None:
             for i, info in enumerate(self.feature_info):
                 info["reduction"] = max(self.patch_embed.patch_size) * 2**i

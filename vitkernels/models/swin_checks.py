@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from .._checks import describe, dropout_p, fail, positive_int
+from math import inf
+
+from .._checks import count, describe, dropout_p, fail, number, positive_int
 from ..nn.classifier_head import POOLS
 from ..nn.windows import PAD_MODES, WINDOW_CLAMPS
 from .init import SCHEMES
+from .swin_windows import check_square
 
 OWNER = "FusedSwin"
 
@@ -13,6 +16,8 @@ OWNER = "FusedSwin"
 def per_stage(name: str, value, stages: int, doubling: bool = False) -> tuple:
     """One value for each stage; a single one repeats, or doubles from stage to stage."""
     if not isinstance(value, (tuple, list)):
+        if doubling:
+            positive_int(OWNER, name, value)
         return tuple(value * 2**i if doubling else value for i in range(stages))
     if len(value) != stages:
         fail(OWNER, name, f"one value or one for each of {stages} stages", describe(value))
@@ -30,10 +35,12 @@ def check_pool(owner: str, global_pool: str) -> None:
 
 
 def check_swin(
-    version, widths, depths, num_heads, head_dims, windows, mlp_ratios, global_pool, weight_init,
-    pad_mode, window_clamp, pretrained_window_sizes, **rates,
+    version, in_chans, num_classes, widths, depths, num_heads, head_dims, windows, mlp_ratios,
+    global_pool, weight_init, pad_mode, window_clamp, pretrained_window_sizes, **rates,
 ) -> None:  # fmt: skip
     stages = len(depths)
+    positive_int(OWNER, "in_chans", in_chans)
+    count(OWNER, "num_classes", num_classes)
     _one_of(OWNER, "version", version, (1, 2))
     check_pool(OWNER, global_pool)
     _one_of(OWNER, "weight_init", weight_init, (*SCHEMES, "skip"))
@@ -57,11 +64,15 @@ def check_swin(
             positive_int(OWNER, "head_dim", head_dim)
             if version == 2:
                 fail(OWNER, "head_dim", "None with version=2", head_dim)
+    for window in pretrained_window_sizes:
+        for side in window if isinstance(window, (tuple, list)) else (window,):
+            count(OWNER, "pretrained_window_sizes", side)
     for ratio in mlp_ratios:
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0:
-            fail(OWNER, "mlp_ratio", "a positive number", describe(ratio))
-    if window_clamp == "min" and any(height != width for height, width in windows):
-        fail(OWNER, "window_size", "square with window_clamp='min'", windows)
+        number(
+            OWNER, "mlp_ratio", ratio, low=0.0, high=inf, low_open=True,
+            expected="a positive number",
+        )  # fmt: skip
+    check_square(OWNER, windows, window_clamp)
     for name, rate in rates.items():
         dropout_p(OWNER, rate, name)
 

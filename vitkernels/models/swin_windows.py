@@ -26,13 +26,36 @@ def stage_windows(owner: str, window_size, stages: int) -> tuple[Pair, ...]:
     return windows
 
 
-def scaled_windows(owner: str, stages: int, window_size, window_ratio) -> Callable:
-    """The function (grid, old windows, old grid) -> windows; what is wrong is told before it."""
+def check_square(owner: str, windows: tuple[Pair, ...], window_clamp: str) -> None:
+    if window_clamp == "min" and any(height != width for height, width in windows):
+        fail(owner, "window_size", "square with window_clamp='min'", windows)
+
+
+def scaled_windows(
+    owner: str, stages: int, window_size, window_ratio, window_clamp: str
+) -> Callable:
+    """The function (grid, old windows, old grid) -> windows; what is wrong is told before it.
+
+    window_clamp="min" knows square windows only: what is not given scales with the shorter side.
+    """
     if window_size is not None:
         windows = stage_windows(owner, window_size, stages)
+        check_square(owner, windows, window_clamp)
         return lambda grid, old, old_grid: windows
     if window_ratio is None:
-        return lambda grid, old, old_grid: tuple(_in_proportion(w, grid, old_grid) for w in old)
+        sizes = _same_share
+    else:
+        sizes = _by_ratio(owner, stages, window_ratio)
+    if window_clamp != "min":
+        return sizes
+    return lambda *where: tuple((min(window),) * 2 for window in sizes(*where))
+
+
+def _same_share(grid: Pair, old: tuple[Pair, ...], old_grid: Pair) -> tuple[Pair, ...]:
+    return tuple(_in_proportion(window, grid, old_grid) for window in old)
+
+
+def _by_ratio(owner: str, stages: int, window_ratio) -> Callable:
     ratios = window_ratio if isinstance(window_ratio, (tuple, list)) else (window_ratio,) * stages
     if len(ratios) != stages or not _positive(*ratios):
         expected = f"a positive integer, or one for each of {stages} stages"

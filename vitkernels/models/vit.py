@@ -18,7 +18,6 @@ from ..nn import Block, LayerNorm, Linear, PatchDropout, PatchEmbed, Pending
 from ..nn.block import TOKEN_WISE, skips_rows
 from ..nn.known import known
 from ..nn.mlp import Mlp
-from ..nn.patch_embed import pair
 from ..nn.pending import add, add_norm, chainable, fusable
 from ..nn.resample import resample_pos_embed
 from ..nn.watched import keeps, plain, untouched
@@ -323,9 +322,7 @@ class FusedViT(ViTLoaders, IntermediateFeatures, nn.Module):
     def set_input_size(self, img_size=None, patch_size=None) -> None:
         """Another image or patch size: position embedding and patch projection are resampled."""
         old_size = self.patch_embed.grid_size
-        self.patch_embed.set_input_size(
-            img_size and pair(img_size), patch_size and pair(patch_size)
-        )
+        self.patch_embed.set_input_size(img_size, patch_size)
         if self.pos_embed is not None:
             tokens = 0 if self.no_embed_class else self.num_prefix_tokens
             resampled = resample_pos_embed(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import positive_int
+from .._checks import describe, fail, positive_int
 from .._dispatch import autocast_dtype
 from ..ops import patch_embed
 from .resample import resample_patch_embed
@@ -16,8 +16,8 @@ from .watched import global_hooks, plain, untouched
 
 
 def pair(value) -> tuple[int, int]:
-    """(height, width) from an int or a pair."""
-    return (value, value) if isinstance(value, int) else tuple(value)
+    """(height, width) from one number or a pair."""
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
 class PatchEmbed(nn.Module):
@@ -50,11 +50,7 @@ class PatchEmbed(nn.Module):
                 f"PatchEmbed: output_fmt must be NCHW, NHWC or None, got {output_fmt!r}"
             )
         where = {"device": device, "dtype": dtype}
-        for name, size in (("img_size", img_size), ("patch_size", patch_size)):
-            for side in pair(size):
-                positive_int("PatchEmbed", name, side)
-        self.patch_size = pair(patch_size)
-        self._set_grid(img_size)
+        self._set_sizes(img_size, patch_size)
         self.flatten = flatten and output_fmt is None
         self.output_fmt = output_fmt or "NCHW"
         self.strict_img_size = strict_img_size
@@ -70,8 +66,12 @@ class PatchEmbed(nn.Module):
         self._renew_normalization()
         self.register_load_state_dict_post_hook(PatchEmbed._renew_normalization)
 
-    def _set_grid(self, img_size) -> None:
-        self.img_size = pair(img_size)
+    def _set_sizes(self, img_size, patch_size) -> None:
+        """Nothing is set where one of them is wrong."""
+        img_size, patch_size = _sides("img_size", img_size), _sides("patch_size", patch_size)
+        if any(s < p for s, p in zip(img_size, patch_size, strict=True)):
+            fail("PatchEmbed", "img_size", f"at least patch_size = {patch_size}", img_size)
+        self.img_size, self.patch_size = img_size, patch_size
         self.grid_size = tuple(s // p for s, p in zip(self.img_size, self.patch_size, strict=True))
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
@@ -87,12 +87,15 @@ class PatchEmbed(nn.Module):
 
     def set_input_size(self, img_size=None, patch_size=None) -> None:
         """Another image size; another patch size resamples the projection (FlexiViT)."""
-        if patch_size is not None and pair(patch_size) != self.patch_size:
-            self.patch_size = pair(patch_size)
+        old_patch = self.patch_size
+        self._set_sizes(
+            self.img_size if img_size is None else img_size,
+            old_patch if patch_size is None else patch_size,
+        )
+        if self.patch_size != old_patch:
             weight = resample_patch_embed(self.proj.weight.detach(), self.patch_size)
             self.proj.weight = nn.Parameter(weight, self.proj.weight.requires_grad)
             self.proj.kernel_size = self.proj.stride = self.patch_size
-        self._set_grid(self.img_size if img_size is None else img_size)
 
     def set_normalization(self, mean=None, std=None) -> None:
         """Other mean and std for uint8 images: a float, or one for each channel."""
@@ -183,6 +186,16 @@ class PatchEmbed(nn.Module):
 
     def _parameter(self) -> Tensor:
         return next(self.parameters())
+
+
+def _sides(name: str, value) -> tuple[int, int]:
+    """(height, width) from a positive int or a pair of them."""
+    sides = pair(value)
+    if len(sides) != 2:
+        fail("PatchEmbed", name, "one size or (height, width)", describe(value))
+    for side in sides:
+        positive_int("PatchEmbed", name, side)
+    return sides
 
 
 def _per_channel(name: str, values, in_chans: int) -> tuple[float, ...]:
