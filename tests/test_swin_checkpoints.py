@@ -259,6 +259,8 @@ TORCHVISION = {
     "v2 below the window": (2, {"window_size": [6, 6]}, (48, 72)),
     "window not square": (1, {"window_size": [4, 6]}, (64, 72)),
     "eps": (1, {"norm_layer": lambda width: torch.nn.LayerNorm(width, eps=0.1)}, 64),
+    "pixels beyond the patches": (1, {}, (70, 61)),
+    "v2 pixels beyond the patches": (2, {}, (67, 97)),
 }
 
 

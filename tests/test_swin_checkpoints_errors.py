@@ -276,6 +276,11 @@ def test_torchvision_refusals():
     refused("must be torchvision's SwinTransformer, got VisionTransformer", load, torchvision_vit())
     refused("must be torchvision's SwinTransformer", load, timm_swin())
     theirs = torchvision_swin()
+    for name, value, error in (
+        ("num_classes", -1, ValueError), ("img_size", "x", TypeError), ("none_such", 1, TypeError)
+    ):  # fmt: skip
+        arguments = {name: value}
+        refused(f"^from_torchvision: the model: .*{name}", load, theirs, error=error, **arguments)
     theirs.features[1][0].attn.window_size = [2, 2]
     refused("whose blocks differ in window_size", load, theirs)
 

@@ -389,3 +389,5 @@ def test_bad_calls():
         ours.forward_intermediates(images(), output_fmt="NLC")
     with pytest.raises(ValueError, match="reset_classifier: global_pool must be one of"):
         ours.reset_classifier(3, "token")
+    with pytest.raises(ValueError, match="reset_classifier: num_classes must be an integer of at"):
+        ours.reset_classifier(-1)

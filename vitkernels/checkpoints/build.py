@@ -56,11 +56,12 @@ def build(
     fresh_head = settings["num_classes"] != found["num_classes"]
     if fresh_head:
         state = {key: value for key, value in state.items() if not key.startswith(family.head)}
-    head = {"num_classes": 0 if fresh_head else settings["num_classes"]}
     try:
-        model = cls(**{**settings, **head}, weight_init="skip", device="meta").eval()
-    except ValueError as error:
-        raise ValueError(f"{loader}: {origin}: {error}") from error
+        model = cls(**settings, weight_init="skip", device="meta").eval()
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{loader}: {origin}: {error}") from error
+    if fresh_head:
+        model.reset_classifier(0)
     state = family.fit_sizes(loader, origin, model, state, overrides, resampling)
     check_fit(loader, origin, model, state, family.name)
     copies = {key: value.detach().clone(memory_format=torch.contiguous_format)

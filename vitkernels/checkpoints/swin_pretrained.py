@@ -58,7 +58,8 @@ def _from_tensors(cls, origin: str, tensors: dict[str, Tensor], hints: dict, ove
         else:
             hints = {**TIMM_RULES, **hints_from_buffers(tensors), **hints}
             state = without_buffers(tensors)
-    return build(SWIN, cls, LOADER, origin, state, hints, overrides)
+    model = build(SWIN, cls, LOADER, origin, state, hints, overrides)
+    return swin_torchvision.of_any_size(model) if source == "torchvision" else model
 
 
 def source_of(origin: str, tensors: dict[str, Tensor]) -> str:

@@ -47,7 +47,13 @@ def swin_from_torchvision(cls, source: nn.Module, **kwargs):
     }
     state = timm_state(source.state_dict(keep_vars=True))
     model = build(SWIN, cls, loader, "the model", state, hints, kwargs, keep_requires_grad=True)
-    return model.train(source.training)
+    return of_any_size(model).train(source.training)
+
+
+def of_any_size(model: nn.Module) -> nn.Module:
+    """A convolution leaves out the pixels beyond whole patches, and torchvision lets it."""
+    model.patch_embed.dynamic_img_crop = True
+    return model
 
 
 def hints_from_names(tensors: State) -> dict:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._checks import count
 from ..nn import ClassifierHead, PatchEmbed, SwinStage
 from ..nn.known import known
 from ..nn.patch_embed import pair
@@ -222,7 +223,8 @@ class FusedSwin(SwinLoaders, SwinFeatures, nn.Module):
         """A new head for num_classes (0: none), and another pooling when it is named."""
         if global_pool is not None:
             check_pool("reset_classifier", global_pool)
-            self.global_pool = global_pool
+        count("reset_classifier", "num_classes", num_classes)
+        self.global_pool = self.global_pool if global_pool is None else global_pool
         self.num_classes = num_classes
         some = next(self.parameters())
         self.head.reset(

@@ -55,6 +55,7 @@ class PatchEmbed(nn.Module):
         self.output_fmt = output_fmt or "NCHW"
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
+        self.dynamic_img_crop = False  # True: pixels beyond whole patches are left out
         self.proj = nn.Conv2d(
             in_chans, embed_dim, self.patch_size, self.patch_size, bias=bias, **where
         )
@@ -168,7 +169,7 @@ class PatchEmbed(nn.Module):
                 self.img_size == (H, W),
                 f"PatchEmbed: image is {H}x{W}, the model takes {self.img_size}",
             )
-        elif not self.dynamic_img_pad:
+        elif not (self.dynamic_img_pad or self.dynamic_img_crop):
             torch._assert(
                 H % ph == 0 and W % pw == 0,
                 f"PatchEmbed: image is {H}x{W}, not a multiple of the patch {self.patch_size}",
