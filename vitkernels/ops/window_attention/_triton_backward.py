@@ -56,6 +56,24 @@ from vitkernels.ops.window_attention._triton_tiles import (
     with_dropout,
 )
 
+MINUS_ZERO = tl.constexpr(-(2**31))  # its bits
+
+
+@triton.jit
+def _spread_nan(p, lse, SHIFT: tl.constexpr):
+    """p, with NaN at the seams of a row too if its softmax is NaN, as in the reference."""
+    if SHIFT[0] > 0 or SHIFT[1] > 0:
+        p += tl.where(lse > float("-inf"), 0.0, float("nan"))[:, None]
+    return p
+
+
+@triton.jit
+def _zero_at_seams(ds, p, SHIFT: tl.constexpr):
+    """0 where p is -0.0: there dp may be NaN."""
+    if SHIFT[0] > 0 or SHIFT[1] > 0:
+        ds = tl.where(p.to(tl.int32, bitcast=True) == MINUS_ZERO, 0.0, ds)
+    return ds
+
 
 @triton.jit(do_not_specialize=VARYING)
 def _window_kernel(
@@ -87,6 +105,8 @@ def _window_kernel(
     token = tl.arange(0, BLOCK)
     dbias = tl.zeros((BLOCK, BLOCK), tl.float32)
     dlogit_scale = tl.zeros((BLOCK,), tl.float32)
+    # Marks a seam, as exp2 has no negative results; the literal -0.0 would become 0.0.
+    minus_zero = tl.full((), MINUS_ZERO, tl.int32).to(tl.float32, bitcast=True)
 
     for window in range(first, last):
         place = locate(window, area)
@@ -102,17 +122,16 @@ def _window_kernel(
         k_length = None if logit_scale_ptr is None else lengths(k)
         bias = load_bias(bias_ptr, 0, 0, BLOCK, BLOCK, BLOCK)
         s = scaled_products(dot_rows(q, k), factor, q_length, k_length) + bias
-        p = tl.exp2(mask_by_bias(s, bias, float("-inf"), kind, SHIFT) - lse[:, None])
+        p = mask_by_bias(tl.exp2(s - lse[:, None]), bias, minus_zero, None, kind, SHIFT)
         dropped, dp = with_dropout(
-            p, dot_rows(dout, v), seed_ptr, statistics, token[:, None], token[None, :], N,
-            threshold, keep_scale,
+            _spread_nan(p, lse, SHIFT), dot_rows(dout, v), seed_ptr, statistics, token[:, None],
+            token[None, :], N, threshold, keep_scale,
         )  # fmt: skip
         # Large scores leave p off by a factor, of which the mean of dp must not know.
         delta = tl.sum(p * dp, 1) / tl.sum(p, 1)
         if CHECK:  # padded queries would take NaN from one key to all
             delta = tl.where(token < N, delta, 0.0)
-        ds = p * (dp - delta[:, None])
-        ds = mask_by_bias(ds, bias, 0.0, kind, SHIFT)
+        ds = _zero_at_seams(p * (dp - delta[:, None]), p, SHIFT)
         if dbias_ptr is not None:
             dbias += ds
         zero = tl.zeros((BLOCK, DIM), tl.float32)
@@ -122,6 +141,12 @@ def _window_kernel(
             store_rows(dqkv_ptr + (2 * heads + h) * D, dv, offset, token, N, D, DIM)
         ds = ds.to(DOT)
         if dqkv_ptr is not None or dlogit_scale_ptr is not None:
+            if logit_scale_ptr is not None:  # again, because registers are short in between
+                qkv_offset = token_offsets(token, place, qkv_strides, WINDOW, SHIFT, UNIT)
+                q = load_rows(q_ptr, qkv_offset, token, N, D, DIM, DOT, CHECK)
+                k = load_rows(k_ptr, qkv_offset, token, N, D, DIM, DOT, CHECK)
+                q_length = lengths(q)
+                k_length = lengths(k)
             dq = add_dot(zero, ds, unit_rows(k, k_length))
             dq, along = input_gradient(dq, q, q_length, factor)
         if dlogit_scale_ptr is not None:

@@ -44,14 +44,12 @@ from vitkernels.ops.window_attention._triton_tiles import (
 
 @triton.jit
 def _scores(
-    q, k, bias, factor, q_length, i, j, kind, place, WINDOW: tl.constexpr, SHIFT: tl.constexpr
-):
+    q, k, bias, factor, q_length, i, j, place, WINDOW: tl.constexpr, SHIFT: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):  # fmt: skip
     k_length = None if q_length is None else lengths(k)
     s = scaled_products(dot_rows(q, k), factor, q_length, k_length) + bias
-    if kind is None:
-        return mask_seams(s, i, j, float("-inf"), place, WINDOW, SHIFT)
-    else:
-        return mask_by_bias(s, bias, float("-inf"), kind, SHIFT)
+    return s if ONE_TILE else mask_seams(s, i, j, float("-inf"), place, WINDOW, SHIFT)
 
 
 @triton.jit
@@ -99,7 +97,6 @@ def _forward_kernel(
         bias_ptr += (kind * heads + h).to(tl.int64) * (BLOCK * WIDTH)
         bias_tile = load_bias(bias_ptr, 0, 0, BLOCK, TAIL, WIDTH)
     else:
-        kind = None
         area = (0, 0, rows, columns, rows, columns)
         first = group // BLOCKS
         last = first + 1
@@ -121,7 +118,7 @@ def _forward_kernel(
                 offset = token_offsets(j, place, qkv_strides, WINDOW, SHIFT, UNIT)
                 k = load_rows(k_ptr, offset, j, N, D, DIM, DOT, False)
                 bias = load_bias(bias_ptr, first_row, start, BLOCK, BLOCK_LOOP, WIDTH)
-                s = _scores(q, k, bias, factor, q_length, i, j, None, place, WINDOW, SHIFT)
+                s = _scores(q, k, bias, factor, q_length, i, j, place, WINDOW, SHIFT, False)
                 new_top = tl.maximum(top, tl.max(s, 1))
                 # A row may have met no key of its region yet.
                 base = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -138,7 +135,7 @@ def _forward_kernel(
         v = load_rows(v_ptr, offset, j_tail, N, D, DIM, DOT, WIDTH > N)
         if not ONE_TILE:
             bias_tile = load_bias(bias_ptr, first_row, MAIN, BLOCK, TAIL, WIDTH)
-        s = _scores(q, k, bias_tile, factor, q_length, i, j_tail, kind, place, WINDOW, SHIFT)
+        s = _scores(q, k, bias_tile, factor, q_length, i, j_tail, place, WINDOW, SHIFT, ONE_TILE)
         if MAIN > 0:
             new_top = tl.maximum(top, tl.max(s, 1))
             rescale = tl.exp2(top - new_top)
@@ -149,6 +146,8 @@ def _forward_kernel(
             total = tl.zeros((BLOCK,), tl.float32)
             out = tl.zeros((BLOCK, DIM), tl.float32)
         p = tl.exp2(s - new_top[:, None])
+        if ONE_TILE:
+            p = mask_by_bias(p, bias_tile, 0.0, new_top, kind, SHIFT)
         total += tl.sum(p, 1)
         p = _weights(p, seed_ptr, statistics, i, j_tail, N, threshold, HEADROOM)
         out = add_dot(out, p, v)

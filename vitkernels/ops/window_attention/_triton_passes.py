@@ -168,10 +168,13 @@ def _dkv_kernel(
         statistics, first_row, MAIN, place, qkv_strides, dout_strides, factor, threshold,
         keep_scale, WINDOW, SHIFT, D, UNIT, DOT, BLOCK, TAIL, WIDTH, DIM, WIDTH > N,
     )  # fmt: skip
-    dk, _ = input_gradient(dk, k, k_length, factor)
     offset = token_offsets(j, place, dqkv_strides, WINDOW, SHIFT, UNIT)
-    store_rows(dqkv_ptr + (heads + h) * D, dk, offset, j, N, D, DIM)
     store_rows(dqkv_ptr + (2 * heads + h) * D, dv, offset, j, N, D, DIM)
+    if k_length is not None:  # again, because registers are short in between
+        k_offset = token_offsets(j, place, qkv_strides, WINDOW, SHIFT, UNIT)
+        k = load_rows(k_ptr, k_offset, j, N, D, DIM, DOT, N % BLOCK != 0)
+    dk, _ = input_gradient(dk, k, k_length, factor)
+    store_rows(dqkv_ptr + (heads + h) * D, dk, offset, j, N, D, DIM)
 
 
 @triton.jit

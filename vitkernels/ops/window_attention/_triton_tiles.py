@@ -209,12 +209,18 @@ def mask_seams(x, i, j, value, place, WINDOW: tl.constexpr, SHIFT: tl.constexpr)
 
 
 @triton.jit
-def mask_by_bias(x, bias, value, kind, SHIFT: tl.constexpr):
-    """`value` where a seam lies in a window that is one tile, whose bias knows: a sum with -inf
-    would let NaN pass."""
-    if (SHIFT[0] > 0 or SHIFT[1] > 0) and kind > 0:
-        x = tl.where(bias == float("-inf"), value, x)
-    return x
+def mask_by_bias(p, bias, value, row, kind, SHIFT: tl.constexpr):
+    """Probabilities of a window that is one tile: `value` where a seam lies, as the bias knows;
+    exp2 of a sum with -inf would let NaN pass. `row` is finite, or None, in rows without NaN.
+
+    With a row made of p, ptxas cannot compare all of the bias before, into a register each.
+    """
+    if SHIFT[0] > 0 or SHIFT[1] > 0:
+        apart = tl.where(kind > 0, float("-inf"), float("nan"))  # nothing equals NaN
+        if row is not None:
+            apart = (0.0 * row + apart)[:, None]
+        p = tl.where(bias == apart, value, p)
+    return p
 
 
 @triton.jit
