@@ -220,6 +220,16 @@ def test_backward_refuses(backend, name):
         call(*{**BACKWARD, **BAD_BACKWARD[name]}.values())
 
 
+@pytest.mark.parametrize("backend", [b for b in RAW if b == "cpu"])
+def test_a_refused_dtype_is_told_by_the_argument_that_has_it(backend):
+    forward = getattr(V.patch_merge_layer_norm_fwd, backend)
+    with pytest.raises(RuntimeError, match="patch_merge_layer_norm_fwd: out_dtype must be float32"):
+        forward(*{**FORWARD, "out_dtype": torch.float64}.values())
+    backward = getattr(V.patch_merge_layer_norm_bwd, backend)
+    with pytest.raises(RuntimeError, match="patch_merge_layer_norm_bwd: bias must be float32"):
+        backward(*{**BACKWARD, "bias": W.double()}.values())
+
+
 @pytest.mark.parametrize("mask", [[i >> k & 1 == 1 for k in range(3)] for i in range(8)], ids=str)
 @pytest.mark.parametrize("backend", RAW)
 def test_every_output_mask(backend, mask):

@@ -74,6 +74,7 @@ inline OptTensor parameter_grad(bool wanted, const OptTensor& parameter, int64_t
   if (!wanted) return std::nullopt;
   VK_CHECK(parameter.has_value() && parameter->dim() == 1 && parameter->numel() == C, op, name,
            " must be given with ", C, " values for its gradient");
+  dtype_of(*parameter, op, name);
   return empty_like_shape(*parameter, {C}, parameter->scalar_type());
 }
 

@@ -39,6 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_merge_layer_norm_fwd(Tensor x, OptTenso
                                                               OptTensor bias, double eps,
                                                               ScalarType out_dtype) {
   const char* op = "patch_merge_layer_norm_fwd";
+  dtype_of(out_dtype, op, "out_dtype");
   OptTensor owner;
   Parameters owners;
   MergeForwardArgs args{};
