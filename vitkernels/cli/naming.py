@@ -33,11 +33,8 @@ def make_model(name: str, **settings) -> nn.Module:
     """With random weights; settings are those that timm.create_model takes too."""
     check_name(name)
     family = plain_family(name)
-    try:
-        if family is not None:
-            return _with_patches(family.model.named(name, **settings).eval())
-    except ValueError as error:
-        raise UsageError(f"--model {name}: {one_line(error)}") from error
+    if family is not None:
+        return _named(family, name, **settings).eval()
     return from_timm_model(name, make_timm_model(name, **settings))
 
 
@@ -56,6 +53,13 @@ def make_timm_model(name: str, **settings) -> nn.Module:
     except Exception as error:  # timm asserts, and raises what its layers raise
         raise UsageError(f"--model {name}: timm refuses it: {one_line(error)}") from error
     return _with_patches(model)
+
+
+def _named(family: Family, name: str, **settings) -> nn.Module:
+    try:
+        return family.model.named(name, **settings)
+    except ValueError as error:
+        raise UsageError(f"{_argument(error, f'--model {name}')}: {one_line(error)}") from error
 
 
 def _with_patches(model: nn.Module) -> nn.Module:
@@ -109,16 +113,20 @@ def _pretrained(family: Family, path: Path, **settings) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch.load, about old files
-            return _with_patches(family.model.from_pretrained(path, **settings).eval())
+            return family.model.from_pretrained(path, **settings).eval()
     except RuntimeError as error:  # of the resampling
         raise UsageError(
             f"--image-size: the positions of {path} cannot be resampled to it "
             f"({one_line(error)}): name a multiple of the patch size"
         ) from None
     except (ValueError, ImportError, OSError) as error:
-        raise UsageError(
-            f"--weights: {one_line(error).removeprefix('from_pretrained: ')}"
-        ) from None
+        told = one_line(error).removeprefix("from_pretrained: ")
+        raise UsageError(f"{_argument(error, '--weights')}: {told}") from None
+
+
+def _argument(error: Exception, otherwise: str) -> str:
+    """Which argument a refusal of ours is about."""
+    return "--image-size" if "img_size must be at least" in str(error) else otherwise
 
 
 def _skeleton(name: str, **settings) -> nn.Module:
@@ -126,5 +134,5 @@ def _skeleton(name: str, **settings) -> nn.Module:
     check_name(name)
     family = plain_family(name)
     if family is not None:
-        return family.model.named(name, weight_init="skip", device="meta", **settings)
+        return _named(family, name, weight_init="skip", device="meta", **settings)
     return make_model(name, **settings)
