@@ -66,11 +66,12 @@ def check(model: torch.nn.Module, way: str, x: torch.Tensor, rank: int, alone) -
     sharded = distributed(copy.deepcopy(model), way)
     part = x if way == "tensor_parallel" else x[2 * rank : 2 * rank + 2]
     sharded(part).square().mean().backward()
-    floor = 1e-3 * max(p.grad.norm() for p in alone.parameters())
+    # Gradients that nearly cancel (the MLP of V2's position biases) are judged by the others' size.
+    floor = 1e-2 * max(p.grad.norm() for p in alone.parameters())
     for (name, got), expected in zip(sharded.named_parameters(), alone.parameters(), strict=True):
         grad = got.grad.full_tensor() if hasattr(got.grad, "full_tensor") else got.grad
         error = (grad - expected.grad).norm() / expected.grad.norm().clamp(min=floor)
-        assert error < 1e-5, f"{type(model).__name__} {way}, {name}: {error:.2g}"
+        assert error < 1e-6, f"{type(model).__name__} {way}, {name}: {error:.2g}"
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
