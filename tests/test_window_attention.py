@@ -284,3 +284,25 @@ def test_gradients_that_cancel(backend):
     problem.ours(backend)(*tensors).square().sum().backward()
     dtable = tensors[1].grad
     assert dtable.abs().max() > 1 and (dtable.sum(0).abs() < 1e-4 * dtable.abs().sum(0)).all()
+
+
+@COSINE
+@pytest.mark.parametrize("backend", [name for name in LARGE if name == "cpu"])
+def test_roundings_of_many_windows_cancel(backend, cosine):
+    """Values and gradients with a mean: every row's dS is a small difference of large numbers, and
+    a rounding with one sign in all rows would add up where eager's cancel."""
+    problem = window_problem(2, 1, windows=(16, 16), B=16, heads=4, D=8, cosine=cosine)
+    inputs = [t + 2.0 if name == "qkv" else t for name, t in problem.inputs.items()]
+    dout = torch.randn(16, 32, 32, 32, generator=torch.Generator().manual_seed(3)) + 2.0
+
+    def gradients(backend, dtype):
+        tensors = [t.to(dtype, copy=True).requires_grad_() for t in inputs]
+        problem.ours(backend)(*tensors).backward(dout.to(dtype))
+        return [t.grad.double() for t in tensors[1:]]
+
+    truth = gradients("reference", torch.float64)
+    ours, eager = (
+        [(g - t).norm() for g, t in zip(gradients(b, FP32), truth, strict=True)]
+        for b in (backend, "torch")
+    )
+    assert all(o <= 6 * e for o, e in zip(ours, eager, strict=True)), (ours, eager)

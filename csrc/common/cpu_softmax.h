@@ -196,6 +196,7 @@ inline void settle_infinite(float* scores, int64_t columns, Vec scale) {
 struct GradRow {
   const float *probs, *dprobs, *factors;  // factors: dropout, or null
   float inverse, delta;                   // P is probs * inverse
+  float delta_rest = 0.0f;                // what delta's rounding left out
 
   VK_INLINE void at(int64_t j, Vec& p, Vec& ds) const {
     const Vec unscaled = load(probs + j);
@@ -204,7 +205,8 @@ struct GradRow {
     if (factors != nullptr) dp = dp * load(factors + j);
     ds = zero_where_zero(
         unscaled,
-        p * (dp - splat(delta)));  // a masked key has no gradient even if dP is not finite
+        p * ((dp - splat(delta)) -
+             splat(delta_rest)));  // a masked key has no gradient even if dP is not finite
     if (factors != nullptr) p = p * load(factors + j);
   }
 };

@@ -25,9 +25,9 @@ struct BackwardScratch {
   Unit *query_rows, *dout_rows;                      // A operands that are gathered
   Unit *p_columns, *ds_columns, *ds_rows;            // A operands made here
   float *scores, *dprobs, *dkeys, *dvalues, *dqueries, *factors;
-  float *partial_sums, *partial_dots, *inverse, *delta;  // per row of a block
-  float* strips;                                         // of the chunk's sum of dS, head by head
-  double* dlogits;                                       // likewise
+  float *partial_sums, *partial_dots, *inverse, *delta, *delta_rest;  // per row of a block
+  float* strips;    // of the chunk's sum of dS, head by head
+  double* dlogits;  // likewise
   int64_t score_stride, ds_stride, d_stride;
 
   BackwardScratch(const WindowAttentionArgs& a, Carver* carver) {
@@ -62,6 +62,7 @@ struct BackwardScratch {
     partial_dots = carver->take(round_up(rows, kVec) * kVec);
     inverse = carver->take(round_up(rows, kVec));
     delta = carver->take(round_up(rows, kVec));
+    delta_rest = carver->take(rows);
     strips = carver->take(a.dbias_table != nullptr ? a.heads * head_strips(a) : 0);
     dlogits = carver->take<double>(a.heads);
   }
@@ -181,20 +182,30 @@ struct WindowBackward {
     }
   }
 
-  // What divides P by its sum, and rowsum(P dP).
+  // What divides P by its sum, and rowsum(P dP) in two numbers. The sums lie next to 1, where the
+  // roundings of quotients lean to one side: dS would not sum to 0 along rows, with one sign in all
+  // of them, and that adds up over windows in dbias_table and dlogit_scale. The dS of a token that
+  // attends to itself alone is 0 already.
   void normalise(int64_t i0, int64_t rows) {
     const auto add = [](Vec x, Vec y) { return x + y; };
     reduce_lanes(s.partial_sums, rows, s.inverse, add);
     reduce_lanes(s.partial_dots, rows, s.delta, add);
     for (int64_t r = 0; r < rows; ++r) {
-      s.inverse[r] = lse()[i0 + r] == kInf ? 1.0f : 1.0f / s.inverse[r];
-      s.delta[r] *= s.inverse[r];
+      const float sum = lse()[i0 + r] == kInf ? 1.0f : s.inverse[r], dot = s.delta[r];
+      s.inverse[r] = 1.0f / sum;
+      s.delta[r] = dot * s.inverse[r];
+      const float rest = __builtin_fmaf(-s.delta[r], sum, dot) * s.inverse[r];
+      s.delta_rest[r] = rest - rest == 0.0f && !tokens.alone(i0 + r) ? rest : 0.0f;
     }
   }
 
   GradRow grad_row(int64_t r) const {
-    return {s.scores + r * s.score_stride, s.dprobs + r * s.score_stride, factors(r), s.inverse[r],
-            s.delta[r]};
+    return {s.scores + r * s.score_stride,
+            s.dprobs + r * s.score_stride,
+            factors(r),
+            s.inverse[r],
+            s.delta[r],
+            s.delta_rest[r]};
   }
 
   // P and dS in the form that the products read, and dS into the strips. kScaled divides dS by

@@ -111,6 +111,7 @@ inline void add_strips(const WindowAttentionArgs& a, const float* strips, float*
 struct WindowTokens {
   int64_t *places, *qkv, *dout;  // places: of the map's tokens, b * H * W + y * W + x
   int32_t* regions;              // whole vectors; tokens of equal regions attend to each other
+  int64_t sizes[4];              // tokens of each region
   bool mixed;                    // the window has more than one region
 
   WindowTokens(const WindowAttentionArgs& a, Carver* carver)
@@ -118,6 +119,7 @@ struct WindowTokens {
         qkv(carver->take<int64_t>(a.tokens())),
         dout(carver->take<int64_t>(a.tokens())),
         regions(carver->take<int32_t>(round_up(a.tokens(), kVec))),
+        sizes{},
         mixed(false) {}
 
   void begin(const WindowAttentionArgs& a, int64_t window) {
@@ -126,6 +128,7 @@ struct WindowTokens {
     const bool last_row = a.shift_h > 0 && (wy + 1) * a.Wh == a.H;
     const bool last_column = a.shift_w > 0 && wx + 1 == across;
     mixed = last_row || last_column;
+    for (int64_t& size : sizes) size = 0;
     for (int64_t ty = 0, n = 0; ty < a.Wh; ++ty) {
       const int64_t y = source(wy * a.Wh + ty + a.shift_h, a.H);
       const int32_t below = last_row && ty >= a.Wh - a.shift_h ? 2 : 0;
@@ -135,9 +138,13 @@ struct WindowTokens {
         qkv[n] = b * a.qkv.batch + y * a.qkv.row + x * a.qkv.column;
         dout[n] = b * a.dout.batch + y * a.dout.row + x * a.dout.column;
         regions[n] = below + (last_column && tx >= a.Ww - a.shift_w ? 1 : 0);
+        ++sizes[regions[n]];
       }
     }
   }
+
+  // Whether a token attends to itself alone.
+  bool alone(int64_t i) const { return sizes[regions[i]] == 1; }
 
   static int64_t source(int64_t rolled, int64_t size) {
     return rolled < size ? rolled : rolled - size;
