@@ -53,6 +53,16 @@ NVCC_FLAGS = (
 )
 
 
+def gencode_of(source: Path) -> str:
+    """<op>_sm90.cu is for Hopper alone, <op>_sm80.cu is not for it; other files are for all."""
+    wanted = os.environ.get("VITKERNELS_CUDA_ARCHS", ";".join(CUDA_ARCHS)).split(";")
+    if "_sm90" in source.stem:
+        wanted = ["90a"]
+    elif "_sm80" in source.stem:
+        wanted = ["80"]
+    return " ".join(CUDA_ARCHS[arch] for arch in wanted)
+
+
 def find_torch() -> Path | None:
     spec = importlib.util.find_spec("torch")
     return Path(spec.origin).parent if spec and spec.origin else None
@@ -155,6 +165,7 @@ def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
     n.link(target_dir / "lib/libvitkernels_cpu.so", common + launchers + kernels, link)
 
     cu_files = sorted(CSRC.glob("*/*.cu"))
+    cuda_common = [n.compile("cxx", CSRC / "common/cuda_path.cpp", torch_flags)]
     if os.environ.get("VITKERNELS_EMULATOR") == "1":
         flags = f"-x c++ -I {quote(CSRC / 'emulator')} {torch_flags}"
         flags += " -Wno-unknown-pragmas"  # nvcc's "#pragma unroll"
@@ -164,17 +175,19 @@ def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
             n.compile("emu", source, f"-I {quote(CSRC / 'emulator')}", "emu")
             for source in sorted(CSRC.glob("emulator/*.cpp"))
         ]
+        objects += cuda_common
         n.link(target_dir / "lib/libvitkernels_emu.so", objects, f"{link} -lpthread")
     nvcc = find_nvcc()
     if nvcc is not None:
-        archs = os.environ.get("VITKERNELS_CUDA_ARCHS", ";".join(CUDA_ARCHS)).split(";")
-        gencode = " ".join(CUDA_ARCHS[a] for a in archs)
         # What ptxas says of registers and spills stays beside the object, for the tests.
         compile_to = f"{nvcc} {NVCC_FLAGS} {include} $flags -MD -MF $out.d -c $in -o $out"
         n.rule("nvcc", f"{compile_to} > $out.log 2>&1 || {{ cat $out.log; false; }}")
         # nvcc links its static runtime, wherever that is: the library then needs only the driver.
         n.rule("nvlink", f"{nvcc} -cudart static $in $flags -o $out")
-        objects = [n.compile("nvcc", s, f"{gencode} {torch_flags}", "cuda") for s in cu_files]
+        objects = [
+            n.compile("nvcc", s, f"{gencode_of(s)} {torch_flags}", "cuda") for s in cu_files
+        ]
+        objects += cuda_common
         n.link(
             target_dir / "lib/libvitkernels_cuda.so",
             objects,

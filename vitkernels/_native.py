@@ -6,6 +6,7 @@ Nothing here raises: a missing compiler, library or GPU leaves the other backend
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import warnings
@@ -84,6 +85,17 @@ devices: dict[str, tuple[str, ...]] = {
     "torch": ("cpu", "cuda", "meta"),
     "reference": ("cpu", "cuda", "meta"),
 }
+
+
+CUDA_PATHS = ("auto", "simt", "sm80", "sm90")
+
+
+def force_cuda_path(path: str) -> str:
+    """Have the CUDA kernels take one path (`CUDA_PATHS`) for every operator that has it; returns
+    the one before. For tests and benchmarks: a path that cannot serve a call is an error."""
+    library = "vitkernels_emu" if EMULATE else "vitkernels_cuda"
+    force = ctypes.CDLL(str(LIB_DIR / f"lib{library}.so")).vitkernels_force_cuda_path
+    return CUDA_PATHS[force(CUDA_PATHS.index(path))]
 
 
 def build_facts():

@@ -6,13 +6,14 @@
 #include <cmath>
 #include <tuple>
 
+#include "attention/attention_checks.h"
 #include "common/scratch.h"
-#include "common/stable.h"
 
 namespace vitkernels {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 256;
+using namespace attention;
+
 constexpr int64_t kDbiasItems = 32;  // work items wanted when dbias has fewer slices than that
 
 const AttentionTable& kernels() { return VK_PICK_TABLE(attention); }
@@ -24,69 +25,11 @@ void run_items(void (*kernel)(const AttentionArgs&, int64_t, int64_t, void*),
   });
 }
 
-// (B, N, H, D) with unit stride along D; `owner` holds the copy where one had to be made.
-HeadView heads(const Tensor& t, Tensor* owner) {
-  *owner = t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
-  return {const_cast<void*>(owner->const_data_ptr()), owner->stride(0), owner->stride(1),
-          owner->stride(2)};
-}
-
-// The heads `which` (0 = q, 1 = k, 2 = v) of a packed (B, N, 3 * H * D) tensor, or of (B, N, H * D)
-// with which = 0.
-HeadView packed_heads(const Tensor& t, int64_t which, int64_t H, int64_t D, Tensor* owner) {
-  *owner = t.size(2) == 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
-  char* data = static_cast<char*>(const_cast<void*>(owner->const_data_ptr()));
-  return {data + which * H * D * size_of(dtype_of(t, "attention_qkvpacked", "qkv")),
-          owner->stride(0), owner->stride(1), D};
-}
-
-HeadView output_heads(void* data, int64_t N, int64_t row, int64_t D) {
-  return {data, N * row, row, D};
-}
-
-void check_like(const Tensor& t, const std::vector<int64_t>& shape, ScalarType dtype,
-                const char* op, const char* name) {
-  VK_CHECK(shape_of(t) == shape, op, name, " has the wrong shape");
-  VK_CHECK(t.scalar_type() == dtype, op, name, " has the wrong dtype");
-}
-
-void set_sizes(AttentionArgs* args, int64_t B, int64_t H, int64_t Nq, int64_t Nk, int64_t D,
-               DType dtype, const char* op) {
-  VK_CHECK(H >= 1 && Nq >= 1 && Nk >= 1, op, "expected at least one head, query and key");
-  VK_CHECK(D >= 1 && D <= kMaxHeadDim, op, "head dim must be in [1, ", kMaxHeadDim, "], got ", D);
-  args->B = B, args->H = H, args->Nq = Nq, args->Nk = Nk, args->D = D, args->dtype = dtype;
-}
-
 // bias, key_padding_mask, dropout and scale, for sizes that are set already.
 void set_options(AttentionArgs* args, const OptTensor& bias, const OptTensor& key_padding_mask,
                  const OptTensor& seed, double scale, double dropout_p, const char* op) {
-  args->scale = static_cast<float>(scale);
-  if (bias.has_value()) {
-    VK_CHECK(bias->dim() == 4, op, "bias must have 4 dimensions, got ", bias->dim());
-    const int64_t full[4] = {args->B, args->H, args->Nq, args->Nk};
-    int64_t strides[4];
-    for (int d = 0; d < 4; ++d) {
-      VK_CHECK(bias->size(d) == 1 || bias->size(d) == full[d], op, "bias dimension ", d,
-               " must be 1 or ", full[d], ", got ", bias->size(d));
-      strides[d] = bias->size(d) == 1 ? 0 : bias->stride(d);
-    }
-    args->bias = {bias->const_data_ptr(),
-                  strides[0],
-                  strides[1],
-                  strides[2],
-                  strides[3],
-                  float_or_bool_dtype_of(*bias, op, "bias")};
-  }
-  if (key_padding_mask.has_value()) {
-    check_like(*key_padding_mask, {args->B, args->Nk}, ScalarType::Bool, op, "key_padding_mask");
-    args->padding = static_cast<const uint8_t*>(key_padding_mask->const_data_ptr());
-    args->padding_batch = key_padding_mask->stride(0);
-    args->padding_column = key_padding_mask->stride(1);
-  }
-  VK_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, op, "dropout_p must be in [0, 1), got ", dropout_p);
-  if (dropout_p > 0.0) {
-    VK_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
-             "seed must be one int64 when dropout_p > 0");
+  set_masks(args, bias, key_padding_mask, scale, op);
+  if (check_dropout(seed, dropout_p, op)) {
     args->dropout = true;
     args->seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
     args->threshold = static_cast<uint64_t>(std::nearbyint(dropout_p * 4294967296.0));
@@ -149,12 +92,12 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptTensor
   set_sizes(&args, B, H, Nq, Nk, D, dtype_of(q, op, "q"), op);
   set_options(&args, bias, key_padding_mask, seed, scale, dropout_p, op);
   Tensor owners[3];
-  args.q = heads(q, &owners[0]);
-  args.k = heads(k, &owners[1]);
-  args.v = heads(v, &owners[2]);
+  args.q = heads<HeadView>(q, &owners[0]);
+  args.k = heads<HeadView>(k, &owners[1]);
+  args.v = heads<HeadView>(v, &owners[2]);
   Tensor out = empty_like_shape(q, {B, Nq, H, D}, q.scalar_type());
   Tensor lse = empty_like_shape(q, {B, H, Nq}, ScalarType::Float);
-  args.out = output_heads(out.mutable_data_ptr(), Nq, H * D, D);
+  args.out = output_heads<HeadView>(out.mutable_data_ptr(), Nq, H * D, D);
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
   run_forward(args);
   return {out, lse};
@@ -179,11 +122,11 @@ std::tuple<OptTensor, OptTensor, OptTensor, OptTensor> attention_bwd(
   set_sizes(&args, B, H, Nq, Nk, D, dtype_of(q, op, "q"), op);
   set_options(&args, bias, key_padding_mask, seed, scale, dropout_p, op);
   Tensor owners[5];
-  args.q = heads(q, &owners[0]);
-  args.k = heads(k, &owners[1]);
-  args.v = heads(v, &owners[2]);
-  args.out = heads(out, &owners[3]);
-  args.dout = heads(dout, &owners[4]);
+  args.q = heads<HeadView>(q, &owners[0]);
+  args.k = heads<HeadView>(k, &owners[1]);
+  args.v = heads<HeadView>(v, &owners[2]);
+  args.out = heads<HeadView>(out, &owners[3]);
+  args.dout = heads<HeadView>(dout, &owners[4]);
   const Tensor lse_contiguous = torch::stable::contiguous(lse);
   args.lse = const_cast<float*>(static_cast<const float*>(lse_contiguous.const_data_ptr()));
   OptTensor grads[3];
@@ -192,23 +135,10 @@ std::tuple<OptTensor, OptTensor, OptTensor, OptTensor> attention_bwd(
     if (!output_mask[i]) continue;
     const int64_t N = i == 0 ? Nq : Nk;
     grads[i] = empty_like_shape(q, {B, N, H, D}, dtype);
-    *views[i] = output_heads(grads[i]->mutable_data_ptr(), N, H * D, D);
+    *views[i] = output_heads<HeadView>(grads[i]->mutable_data_ptr(), N, H * D, D);
   }
   OptTensor dbias = run_backward(&args, q, bias, output_mask[3], op);
   return {grads[0], grads[1], grads[2], dbias};
-}
-
-// Sizes and q, k, v of a packed tensor.
-void set_packed(AttentionArgs* args, const Tensor& qkv, int64_t num_heads, Tensor* owner,
-                const char* op) {
-  VK_CHECK(qkv.dim() == 3, op, "qkv must have 3 dimensions (B, N, 3 * H * D)");
-  VK_CHECK(num_heads >= 1 && qkv.size(2) % (3 * num_heads) == 0, op,
-           "qkv's last dimension must be a multiple of 3 * num_heads");
-  const int64_t N = qkv.size(1), D = qkv.size(2) / (3 * num_heads);
-  set_sizes(args, qkv.size(0), num_heads, N, N, D, dtype_of(qkv, op, "qkv"), op);
-  HeadView* const views[3] = {&args->q, &args->k, &args->v};
-  for (int i = 0; i < 3; ++i)
-    *views[i] = packed_heads(i == 0 ? qkv : *owner, i, num_heads, D, owner);
 }
 
 std::tuple<Tensor, Tensor> attention_qkvpacked_fwd(Tensor qkv, int64_t num_heads, OptTensor bias,
@@ -222,7 +152,7 @@ std::tuple<Tensor, Tensor> attention_qkvpacked_fwd(Tensor qkv, int64_t num_heads
   const int64_t row = args.H * args.D;
   Tensor out = empty_like_shape(qkv, {args.B, args.Nq, row}, qkv.scalar_type());
   Tensor lse = empty_like_shape(qkv, {args.B, args.H, args.Nq}, ScalarType::Float);
-  args.out = output_heads(out.mutable_data_ptr(), args.Nq, row, args.D);
+  args.out = output_heads<HeadView>(out.mutable_data_ptr(), args.Nq, row, args.D);
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
   run_forward(args);
   return {out, lse};
@@ -244,8 +174,8 @@ std::tuple<OptTensor, OptTensor> attention_qkvpacked_bwd(Tensor dout, Tensor qkv
   check_like(dout, {args.B, args.Nq, row}, qkv.scalar_type(), op, "dout");
   check_like(out, {args.B, args.Nq, row}, qkv.scalar_type(), op, "out");
   check_like(lse, {args.B, args.H, args.Nq}, ScalarType::Float, op, "lse");
-  args.dout = packed_heads(dout, 0, args.H, args.D, &owners[1]);
-  args.out = packed_heads(out, 0, args.H, args.D, &owners[2]);
+  args.dout = packed_heads<HeadView>(dout, 0, args.H, args.D, &owners[1]);
+  args.out = packed_heads<HeadView>(out, 0, args.H, args.D, &owners[2]);
   const Tensor lse_contiguous = torch::stable::contiguous(lse);
   args.lse = const_cast<float*>(static_cast<const float*>(lse_contiguous.const_data_ptr()));
   OptTensor dqkv;
@@ -254,7 +184,8 @@ std::tuple<OptTensor, OptTensor> attention_qkvpacked_bwd(Tensor dout, Tensor qkv
     char* data = static_cast<char*>(dqkv->mutable_data_ptr());
     HeadView* const views[3] = {&args.dq, &args.dk, &args.dv};
     for (int i = 0; i < 3; ++i)
-      *views[i] = output_heads(data + i * row * size_of(args.dtype), args.Nq, 3 * row, args.D);
+      *views[i] =
+          output_heads<HeadView>(data + i * row * size_of(args.dtype), args.Nq, 3 * row, args.D);
   }
   OptTensor dbias = run_backward(&args, qkv, bias, output_mask[1], op);
   return {dqkv, dbias};

@@ -24,10 +24,18 @@ class Device {
     stream_ = static_cast<cudaStream_t>(stream);
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount,
                                           t.get_device_index()));
+    int major = 0, minor = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor,
+                                          t.get_device_index()));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor,
+                                          t.get_device_index()));
+    architecture_ = 10 * major + minor;
   }
 
   static bool holds(const torch::stable::Tensor& t) { return t.is_cuda(); }
   int multiprocessors() const { return multiprocessors_; }
+  // 10 * major + minor of the compute capability.
+  int architecture() const { return architecture_; }
 
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
@@ -43,7 +51,7 @@ class Device {
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
-  int multiprocessors_ = 0;
+  int multiprocessors_ = 0, architecture_ = 0;
 };
 
 }  // namespace vitkernels

@@ -509,6 +509,7 @@ Settings& settings() {
       from_environment("VITKERNELS_EMULATOR_SEED", 1),
       static_cast<int>(from_environment("VITKERNELS_EMULATOR_THREADS", 1)),
       static_cast<int>(from_environment("VITKERNELS_EMULATOR_MULTIPROCESSORS", 2)),
+      static_cast<int>(from_environment("VITKERNELS_EMULATOR_ARCHITECTURE", 90)),
       std::min<uint64_t>(from_environment("VITKERNELS_EMULATOR_SHARED_LIMIT", 232448),
                          kArenaBytes / 2)};
   return values;

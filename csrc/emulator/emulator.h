@@ -37,6 +37,7 @@ struct Settings {
   uint64_t seed;  // VITKERNELS_EMULATOR_SEED; the order of fibers and blocks follows from it alone
   int threads;    // VITKERNELS_EMULATOR_THREADS: how many blocks run at a time
   int multiprocessors;  // VITKERNELS_EMULATOR_MULTIPROCESSORS: what a launcher is told
+  int architecture;     // VITKERNELS_EMULATOR_ARCHITECTURE: the same, 10 * major + minor
   size_t shared_limit;  // VITKERNELS_EMULATOR_SHARED_LIMIT: bytes of shared memory a block may have
                         // (sm_90: 232448)
 };

@@ -6,14 +6,16 @@
 #include <tuple>
 
 #include "common/scratch.h"
-#include "common/stable.h"
+#include "window_attention/window_attention_checks.h"
 
 namespace vitkernels {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 128;
-constexpr int64_t kMaxTokens = 1024;  // of a window
+using namespace window_attention;
+
 constexpr int kSharedSlot = 1;
+
+bool is_cpu(const Tensor& t) { return t.is_cpu(); }
 
 const WindowAttentionTable& kernels() { return VK_PICK_TABLE(window_attention); }
 
@@ -24,79 +26,15 @@ void run_items(void (*kernel)(const WindowAttentionArgs&, int64_t, int64_t, void
   });
 }
 
-void check(const Tensor& t, const std::vector<int64_t>& shape, const char* op, const char* name) {
-  VK_CHECK(t.is_cpu(), op, name, " must be on the CPU");
-  VK_CHECK(shape_of(t) == shape, op, name, " has the wrong shape");
-}
-
-void check_like(const Tensor& t, const std::vector<int64_t>& shape, ScalarType dtype,
-                const char* op, const char* name) {
-  check(t, shape, op, name);
-  VK_CHECK(t.scalar_type() == dtype, op, name, " has the wrong dtype");
-}
-
 // `owner` holds the copy where one had to be made.
 MapView map_of(const Tensor& t, Tensor* owner) {
   *owner = t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
   return {owner->const_data_ptr(), owner->stride(0), owner->stride(1), owner->stride(2)};
 }
 
-// What both directions are given beside qkv.
-struct Options {
-  const Tensor& bias_table;
-  const OptTensor &logit_scale, &seed;
-  int64_t window_h, window_w, shift_h, shift_w, num_heads;
-  double scale, dropout_p;
-};
-
-void set_sizes(WindowAttentionArgs* args, const Tensor& qkv, const Options& o, const char* op) {
-  VK_CHECK(qkv.is_cpu(), op, "qkv must be on the CPU");
-  VK_CHECK(qkv.dim() == 4, op, "qkv must have 4 dimensions (B, H, W, 3 * C), got ", qkv.dim());
-  args->dtype = dtype_of(qkv, op, "qkv");
-  args->B = qkv.size(0), args->H = qkv.size(1), args->W = qkv.size(2);
-  VK_CHECK(o.num_heads >= 1 && qkv.size(3) % 3 == 0 && qkv.size(3) / 3 % o.num_heads == 0, op,
-           "qkv's last dimension must be a multiple of 3 * num_heads");
-  args->heads = o.num_heads, args->D = qkv.size(3) / 3 / o.num_heads;
-  VK_CHECK(args->D >= 1 && args->D <= kMaxHeadDim, op, "head dim must be in [1, ", kMaxHeadDim,
-           "], got ", args->D);
-  const int64_t window[2] = {o.window_h, o.window_w}, shift[2] = {o.shift_h, o.shift_w},
-                size[2] = {args->H, args->W};
-  for (int d = 0; d < 2; ++d) {
-    VK_CHECK(window[d] >= 1 && window[d] <= kMaxTokens, op, "window_size must be in [1, ",
-             kMaxTokens, "], got ", window[d]);
-    VK_CHECK(shift[d] >= 0 && shift[d] < window[d], op, "shift_size must be in [0, window), got ",
-             shift[d]);
-    VK_CHECK(size[d] >= 1 && size[d] % window[d] == 0, op, "qkv of height or width ", size[d],
-             " is not cut into windows of ", window[d]);
-  }
-  VK_CHECK(window[0] * window[1] <= kMaxTokens, op, "window_size must have at most ", kMaxTokens,
-           " tokens");
-  args->Wh = window[0], args->Ww = window[1], args->shift_h = shift[0], args->shift_w = shift[1];
-}
-
 void set_options(WindowAttentionArgs* args, const Options& o, const char* op) {
-  args->scale = static_cast<float>(o.scale);
-  check(o.bias_table, {args->table_rows(), args->heads}, op, "bias_table");
-  args->bias_table = o.bias_table.const_data_ptr();
-  args->bias_row = o.bias_table.stride(0), args->bias_head = o.bias_table.stride(1);
-  args->bias_dtype = dtype_of(o.bias_table, op, "bias_table");
-  if (o.logit_scale.has_value()) {
-    const Tensor& logit = *o.logit_scale;
-    if (logit.dim() == 3) {
-      check(logit, {args->heads, 1, 1}, op, "logit_scale");
-    } else {
-      check(logit, {args->heads}, op, "logit_scale");
-    }
-    args->logit_scale = logit.const_data_ptr();
-    args->logit_step = logit.stride(0);
-    args->logit_dtype = dtype_of(logit, op, "logit_scale");
-  }
-  VK_CHECK(o.dropout_p >= 0.0 && o.dropout_p < 1.0, op, "dropout_p must be in [0, 1), got ",
-           o.dropout_p);
-  if (o.dropout_p > 0.0) {
-    VK_CHECK(o.seed.has_value() && o.seed->is_cpu() && o.seed->scalar_type() == ScalarType::Long &&
-                 o.seed->numel() == 1,
-             op, "seed must be one int64 on the CPU when dropout_p > 0");
+  set_parameters(args, o, is_cpu, "the CPU", op);
+  if (check_dropout(o, is_cpu, "the CPU", op)) {
     args->dropout = true;
     args->seed = static_cast<uint64_t>(*static_cast<const int64_t*>(o.seed->const_data_ptr()));
     args->threshold = static_cast<uint64_t>(std::nearbyint(o.dropout_p * 4294967296.0));
@@ -128,7 +66,7 @@ std::tuple<Tensor, Tensor> window_attention_fwd(Tensor qkv, Tensor bias_table,
   const Options options{bias_table, logit_scale, seed,      window_h, window_w,
                         shift_h,    shift_w,     num_heads, scale,    dropout_p};
   WindowAttentionArgs args{};
-  set_sizes(&args, qkv, options, op);
+  set_sizes(&args, qkv, options, is_cpu, "the CPU", op);
   set_options(&args, options, op);
   Tensor owner;
   args.qkv = map_of(qkv, &owner);
@@ -153,11 +91,11 @@ std::tuple<OptTensor, OptTensor, OptTensor> window_attention_bwd(
   const Options options{bias_table, logit_scale, seed,      window_h, window_w,
                         shift_h,    shift_w,     num_heads, scale,    dropout_p};
   WindowAttentionArgs args{};
-  set_sizes(&args, qkv, options, op);
+  set_sizes(&args, qkv, options, is_cpu, "the CPU", op);
   set_options(&args, options, op);
-  check_like(dout, map_shape(args, 1), qkv.scalar_type(), op, "dout");
-  check_like(out, map_shape(args, 1), qkv.scalar_type(), op, "out");
-  check_like(lse, lse_shape(args), ScalarType::Float, op, "lse");
+  check_like(dout, map_shape(args, 1), qkv.scalar_type(), is_cpu, "the CPU", op, "dout");
+  check_like(out, map_shape(args, 1), qkv.scalar_type(), is_cpu, "the CPU", op, "out");
+  check_like(lse, lse_shape(args), ScalarType::Float, is_cpu, "the CPU", op, "lse");
   VK_CHECK(!output_mask[2] || logit_scale.has_value(), op,
            "output_mask asks for dlogit_scale without a logit_scale");
   Tensor owners[2];

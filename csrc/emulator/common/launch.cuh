@@ -17,6 +17,7 @@ class Device {
 
   static bool holds(const torch::stable::Tensor& t) { return t.is_cpu(); }
   int multiprocessors() const { return emulator::settings().multiprocessors; }
+  int architecture() const { return emulator::settings().architecture; }
 
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
