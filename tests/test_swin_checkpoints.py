@@ -312,7 +312,9 @@ def test_microsoft_s_names(version, wrap):
     assert any(key.endswith("attn_mask") for key in state)
     ours = FusedSwin.from_microsoft(wrap(state))
     assert not ours.training and all(p.requires_grad for p in ours.parameters())
-    same(logits_and_grads(ours, x), logits_and_grads(theirs, x))
+    # In float64: a name is right or wrong, V2's rounding in fp32 is another test's matter.
+    exact = (logits_and_grads(copy.deepcopy(m).double(), x.double()) for m in (ours, theirs))
+    same(*exact, 1e-9)
     assert ours.patch_embed.img_size == (64, 64)
     small = FusedSwin.from_microsoft(wrap(state), num_classes=3, dtype=torch.bfloat16)
     assert small.head.fc.weight.shape == (3, 48) and small.norm.weight.dtype == torch.bfloat16
