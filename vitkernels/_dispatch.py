@@ -113,6 +113,7 @@ class Backend:
     name: str
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
     limit: Callable[..., str | None] | None = None
+    auto: Callable[[tuple[torch.dtype, ...]], bool] | None = None  # None: whenever it can serve
 
     def refusal(
         self, device: torch.device, dtypes: tuple[torch.dtype, ...], facts: dict
@@ -155,8 +156,14 @@ def choose(
     winner = "cpu" if device.type == "cpu" else recorded_winner(op, device)
     for backend in table:
         if backend.name == winner and backend.refusal(device, dtypes, facts) is None:
-            return "auto"
+            return "auto" if backend.auto is None or backend.auto(dtypes) else "torch"
     return "torch"
+
+
+def without_matrix_unit(dtypes: tuple[torch.dtype, ...]) -> bool:
+    """For a C++ kernel that has no AMX version: `auto` leaves bf16 products to stock PyTorch where
+    the processor multiplies them in its matrix unit (6 to 15 times the rate of AVX512-BF16)."""
+    return torch.bfloat16 not in dtypes or not _native.cpu_multiplies_in_matrix_unit
 
 
 def _refusals(op, name, table, device, dtypes, facts) -> str:

@@ -66,6 +66,11 @@ if _wanted_isa is not None and _wanted_isa not in CPU_ISA_LEVELS:
         stacklevel=2,
     )
 
+# A level asked for by name is what runs: then `auto` does not look at the matrix unit.
+cpu_multiplies_in_matrix_unit: bool = _wanted_isa is None and getattr(
+    torch.cpu, "get_capabilities", dict
+)().get("amx_bf16", False)
+
 # backend -> None when it can run here, else the reason. "torch" and "reference" always can.
 missing: dict[str, str | None] = {
     "cpu": _load(

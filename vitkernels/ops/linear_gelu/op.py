@@ -16,6 +16,7 @@ from ..._dispatch import (
     keep_signature,
     needs_autograd,
     overload,
+    without_matrix_unit,
 )
 from . import reference
 from .reference import ACTIVATIONS, IDENTITY
@@ -30,7 +31,7 @@ def _not_written_yet() -> str | None:
 
 # Order of preference. x, weight and bias each have their own dtype; products are in y's.
 BACKENDS = (
-    Backend("cpu"),
+    Backend("cpu", auto=without_matrix_unit),
     Backend("cuda", limit=_not_written_yet),
     Backend("triton"),
     Backend("torch", EVERY_FLOAT),

@@ -18,6 +18,7 @@ from ..._dispatch import (
     keep_signature,
     needs_autograd,
     overload,
+    without_matrix_unit,
 )
 from . import reference
 
@@ -31,7 +32,7 @@ def _not_written_yet() -> str | None:
 
 # Order of preference. Images are uint8 or float, every parameter has its own dtype.
 BACKENDS = (
-    Backend("cpu"),
+    Backend("cpu", auto=without_matrix_unit),
     Backend("cuda", limit=_not_written_yet),
     Backend("triton"),
     Backend("torch", EVERY_FLOAT),
