@@ -113,7 +113,8 @@ class Backend:
     name: str
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
     limit: Callable[..., str | None] | None = None
-    auto: Callable[[tuple[torch.dtype, ...]], bool] | None = None  # None: whenever it can serve
+    # Whether `auto` takes it, given the dtypes and whether a gradient is wanted; None: always.
+    auto: Callable[[tuple[torch.dtype, ...], bool], bool] | None = None
 
     def refusal(
         self, device: torch.device, dtypes: tuple[torch.dtype, ...], facts: dict
@@ -134,6 +135,8 @@ def choose(
     requested: str | None,
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
+    *,
+    training: bool = True,
     **facts,
 ) -> str:
     """The backend that serves this call: "auto" (the default overload), or a name from the table.
@@ -156,14 +159,19 @@ def choose(
     winner = "cpu" if device.type == "cpu" else recorded_winner(op, device)
     for backend in table:
         if backend.name == winner and backend.refusal(device, dtypes, facts) is None:
-            return "auto" if backend.auto is None or backend.auto(dtypes) else "torch"
+            return "auto" if backend.auto is None or backend.auto(dtypes, training) else "torch"
     return "torch"
 
 
-def without_matrix_unit(dtypes: tuple[torch.dtype, ...]) -> bool:
+def without_matrix_unit(dtypes: tuple[torch.dtype, ...], training: bool) -> bool:
     """For a C++ kernel that has no AMX version: `auto` leaves bf16 products to stock PyTorch where
     the processor multiplies them in its matrix unit (6 to 15 times the rate of AVX512-BF16)."""
     return torch.bfloat16 not in dtypes or not _native.cpu_multiplies_in_matrix_unit
+
+
+def without_matrix_unit_at_inference(dtypes: tuple[torch.dtype, ...], training: bool) -> bool:
+    """The same, of one whose backward makes up for what its forward loses."""
+    return training or without_matrix_unit(dtypes, training)
 
 
 def _refusals(op, name, table, device, dtypes, facts) -> str:

@@ -66,10 +66,16 @@ if _wanted_isa is not None and _wanted_isa not in CPU_ISA_LEVELS:
         stacklevel=2,
     )
 
-# A level asked for by name is what runs: then `auto` does not look at the matrix unit.
-cpu_multiplies_in_matrix_unit: bool = _wanted_isa is None and getattr(
-    torch.cpu, "get_capabilities", dict
-)().get("amx_bf16", False)
+
+def _multiplies_in_matrix_unit() -> bool:
+    """Whether stock PyTorch has AMX here. A level asked for by name is what runs instead."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if _wanted_isa is not None or capabilities is None:
+        return False
+    return bool(capabilities().get("amx_bf16", False))
+
+
+cpu_multiplies_in_matrix_unit = _multiplies_in_matrix_unit()
 
 # backend -> None when it can run here, else the reason. "torch" and "reference" always can.
 missing: dict[str, str | None] = {

@@ -15,6 +15,7 @@ from ..._dispatch import (
     keep_signature,
     needs_autograd,
     overload,
+    without_matrix_unit_at_inference,
 )
 from .._random import draw_seed
 from . import reference
@@ -34,7 +35,7 @@ def _not_written_yet(D: int) -> str | None:
 
 # Order of preference. q, k and v share one dtype; bias has its own.
 BACKENDS = (
-    Backend("cpu", limit=_head_dim_limit),
+    Backend("cpu", limit=_head_dim_limit, auto=without_matrix_unit_at_inference),
     Backend("cuda", limit=_not_written_yet),
     Backend("triton", limit=_head_dim_limit),
     Backend("torch", EVERY_FLOAT),
@@ -81,12 +82,15 @@ def attention(
     q, k, v = _cast(q, k, v)
     scale = check_attention(q, k, v, bias, key_padding_mask, scale, dropout_p)
     bias = bias_4d("attention", bias, q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
-    chosen = choose("attention", BACKENDS, backend, q.device, (q.dtype,), D=q.shape[3])
+    training, facts = needs_autograd(q, k, v, bias), {"D": q.shape[3]}
+    chosen = choose(
+        "attention", BACKENDS, backend, q.device, (q.dtype,), training=training, **facts
+    )
     seed = draw_seed(q.device) if dropout_p > 0.0 else None
     args = (q, k, v, bias, key_padding_mask, seed, scale, float(dropout_p))
     if chosen == "torch":
         return _stock_attention(*args)
-    if needs_autograd(q, k, v, bias):
+    if training:
         return _Attention.apply(chosen, *args)[0]
     return overload("attention_fwd", chosen)(*args)[0]
 
@@ -130,12 +134,15 @@ def attention_qkvpacked(
     bias = bias_4d(
         "attention_qkvpacked", bias, qkv, (qkv.shape[0], num_heads, qkv.shape[1], qkv.shape[1])
     )
-    chosen = choose("attention_qkvpacked", BACKENDS, backend, qkv.device, (qkv.dtype,), D=D)
+    training, dtypes = needs_autograd(qkv, bias), (qkv.dtype,)
+    chosen = choose(
+        "attention_qkvpacked", BACKENDS, backend, qkv.device, dtypes, training=training, D=D
+    )
     seed = draw_seed(qkv.device) if dropout_p > 0.0 else None
     args = (bias, key_padding_mask, seed, scale, float(dropout_p))
     if chosen == "torch":
         return _stock_attention(*reference.unpack(qkv, num_heads), *args).flatten(2)
-    if needs_autograd(qkv, bias):
+    if training:
         return _AttentionQkvPacked.apply(chosen, qkv, num_heads, *args)[0]
     return overload("attention_qkvpacked_fwd", chosen)(qkv, num_heads, *args)[0]
 
