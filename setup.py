@@ -184,9 +184,7 @@ def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
         n.rule("nvcc", f"{compile_to} > $out.log 2>&1 || {{ cat $out.log; false; }}")
         # nvcc links its static runtime, wherever that is: the library then needs only the driver.
         n.rule("nvlink", f"{nvcc} -cudart static $in $flags -o $out")
-        objects = [
-            n.compile("nvcc", s, f"{gencode_of(s)} {torch_flags}", "cuda") for s in cu_files
-        ]
+        objects = [n.compile("nvcc", s, f"{gencode_of(s)} {torch_flags}", "cuda") for s in cu_files]
         objects += cuda_common
         n.link(
             target_dir / "lib/libvitkernels_cuda.so",
