@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #define VK_DEVICE __device__ __forceinline__
+#define VK_BOTH __host__ __device__ __forceinline__  // of the host and the device
 
 // Shared memory [G: "__shared__"]: VK_SHARED(float, tile, [2][32]) is an array; VK_DYNAMIC_SHARED
 // names the rest, which begins on a 128-byte line; VK_SWIZZLED_SHARED the same, where the pattern

@@ -41,10 +41,10 @@ struct Args {
   void* dbias_table;   // ((2 Wh - 1)(2 Ww - 1), heads), contiguous, of bias_dtype
   void* dlogit_scale;  // (heads), contiguous, of logit_dtype
 
-  int tokens() const { return Wh * Ww; }
-  int map_windows() const { return (H / Wh) * (W / Ww); }
-  int64_t windows() const { return static_cast<int64_t>(B) * map_windows(); }
-  int table_rows() const { return (2 * Wh - 1) * (2 * Ww - 1); }
+  VK_BOTH int tokens() const { return Wh * Ww; }
+  VK_BOTH int map_windows() const { return (H / Wh) * (W / Ww); }
+  VK_BOTH int64_t windows() const { return static_cast<int64_t>(B) * map_windows(); }
+  VK_BOTH int table_rows() const { return (2 * Wh - 1) * (2 * Ww - 1); }
 };
 
 // Each path: why it refuses a call (empty: it serves), and the launches of one call on the device's

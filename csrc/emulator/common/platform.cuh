@@ -18,6 +18,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define VK_DEVICE inline
+#define VK_BOTH inline
 
 #define VK_SHARED(type, name, extents)                             \
   auto& name = ::vitkernels::emulator::shared_array<type extents>( \

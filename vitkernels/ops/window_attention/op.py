@@ -31,14 +31,10 @@ def _size_limit(D: int, N: int) -> str | None:
     return f"it takes windows to {MAX_TOKENS} tokens, got {N}" if N > MAX_TOKENS else None
 
 
-def _not_written_yet(D: int, N: int) -> str | None:
-    return "window_attention in CUDA C++ is not part of this version; triton is"
-
-
 # Order of preference. qkv, bias_table and logit_scale each have their own dtype.
 BACKENDS = (
     Backend("cpu", limit=_size_limit),
-    Backend("cuda", limit=_not_written_yet),
+    Backend("cuda", limit=_size_limit),
     Backend("triton", limit=_size_limit),
     Backend("torch", EVERY_FLOAT),
     Backend("reference", EVERY_FLOAT),
