@@ -72,6 +72,12 @@ def _every_window():
             continue  # a window of one token has no shift
         if backend == "triton" and (dtype != FP32 or tokens > 64 or (tokens > 16 and not both)):
             continue
+        if (
+            backend == "cuda"
+            and tokens > 64
+            and (dtype == FP16 or both or tokens > 256 * (not cosine))
+        ):
+            continue  # the emulator takes a second for 16 x 16
         if backend in ("torch", "reference") and (both or (dtype == FP16 and tokens > 50)):
             continue
         variant = f"{'shifted' * shifted}-{'cosine' if cosine else 'plain'}"
@@ -257,6 +263,8 @@ def test_dropout(backend, dtype, p, cosine):
 )
 def test_parameter_gradients_of_many_windows(backend, window, shift, windows, B, D, dtype, cosine):
     """Hundreds or thousands of windows add into each entry of the table."""
+    if backend == "cuda" and (dtype == FP16 or cosine):
+        windows = tuple(max(1, count // 4) for count in windows)
     sizes = {"windows": windows, "B": B, "D": D, "cosine": cosine}
     problem = window_problem(window, shift, dtype, **sizes)
     check(

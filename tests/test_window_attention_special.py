@@ -209,7 +209,8 @@ def test_repeats_are_bitwise_equal(backend, dtype, cosine):
 @pytest.mark.parametrize("backend", [name for name in KERNELS if name != "triton"])
 def test_threads_do_not_change_bits(backend, window, dtype, cosine):
     """Table gradients too: their sum over windows is cut without looking at the threads."""
-    problem = window_problem(window, 1, dtype, windows=(4, 5), B=3, cosine=cosine)
+    windows = (1, 2) if backend == "cuda" else (4, 5)
+    problem = window_problem(window, 1, dtype, windows=windows, B=3, cosine=cosine)
     before = torch.get_num_threads()
     results = []
     try:

@@ -27,7 +27,8 @@ inline SimtPlan simt_forward_plan(int64_t windows, int heads, int N, int D) {
   SimtPlan p{};
   const int64_t groups = (N + kForwardRows - 1) / kForwardRows;
   p.blocks = std::min<int64_t>(windows * heads * groups, 1 << 30);
-  p.shared_bytes = 4 * ((kTile + kForwardRows) * simt_pitch(D) + kForwardRows * padded_tokens(N));
+  p.shared_bytes =
+      4 * ((kTile + kForwardRows) * simt_pitch(D) + kForwardRows * padded_tokens(N) + 2 * N);
   return p;
 }
 
@@ -37,9 +38,11 @@ inline SimtPlan simt_backward_plan(int64_t windows, int heads, int N, int D, int
   const int64_t wanted = std::max<int64_t>(1, (2 * multiprocessors + heads - 1) / heads);
   p.chunks = static_cast<int>(std::min<int64_t>(windows, wanted));
   p.blocks = static_cast<int64_t>(p.chunks) * heads;
-  // Two tiles and two operands of rows, p and dS, the table's sums, three numbers of each token.
-  p.shared_bytes = 4 * (2 * (kTile + kBackwardRows) * simt_pitch(D) +
-                        2 * kBackwardRows * padded_tokens(N) + table_rows + 3 * N);
+  // Two tiles and two operands of rows, p and dS, four numbers of each token, the sums of the
+  // factor and of the table in two numbers each.
+  p.shared_bytes =
+      4 * (2 * (kTile + kBackwardRows) * simt_pitch(D) + 2 * kBackwardRows * padded_tokens(N) +
+           4 * N + 2 * (kSimtWarps + table_rows));
   return p;
 }
 

@@ -46,7 +46,7 @@ VK_DEVICE float sum_over_warp(float v) {
 
 // ---- A sum in two numbers, so that what it loses by rounding does not add up over the windows
 
-struct Sum {
+struct alignas(8) Sum {
   float high = 0.0f, low = 0.0f;
 
   VK_DEVICE void add(float value) {  // Knuth's two-sum
@@ -138,12 +138,28 @@ VK_DEVICE uint64_t seed_of(const Args& a) {
   return a.dropout.seed == nullptr ? 0 : static_cast<uint64_t>(*a.dropout.seed);
 }
 
+// The lengths of the tokens first to first + count - 1 of q or k, for cosines, by the whole block.
+VK_DEVICE void measure(const Args& a, const Window& w, int part, int first, int count,
+                       float* lengths) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int token = first + warp; token < first + count && token < a.tokens(); token += kSimtWarps) {
+    const int64_t at = address(a, a.qkv, w, token, part);
+    float squares = 0.0f;
+    for (int d = lane; d < a.D; d += kWarp) {
+      const float x = load_scalar(a.qkv.data, a.dtype, at + d);
+      squares = fmaf(x, x, squares);
+    }
+    squares = sum_over_warp(squares);
+    if (lane == 0) lengths[token] = sqrtf(squares);
+  }
+}
+
 // Tokens first, first + 1, ... of one part of a window to rows of shared memory, by the whole
-// block; times `scale`, or divided by its length (kept in lengths[token]) where UNIT says so. Rows
-// past the window's end are 0.
-template <bool UNIT>
+// block; times `scale`, or divided by their lengths where these are given. Rows past the window's
+// end are 0.
 VK_DEVICE void load_rows(const Args& a, const MapView& map, const Window& w, int part, int first,
-                         int rows, float scale, float* to, float* lengths) {
+                         int rows, float scale, const float* lengths, float* to) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp;
   const int pitch = simt_pitch(a.D);
@@ -151,20 +167,11 @@ VK_DEVICE void load_rows(const Args& a, const MapView& map, const Window& w, int
     const int token = first + r;
     const bool inside = token < a.tokens();
     const int64_t at = inside ? address(a, map, w, token, part) : 0;
-    float by = scale;
-    if (UNIT && a.logit_scale != nullptr) {
-      float squares = 0.0f;
-      for (int d = lane; d < a.D; d += kWarp) {
-        const float x = inside ? load_scalar(map.data, a.dtype, at + d) : 0.0f;
-        squares = fmaf(x, x, squares);
-      }
-      const float length = sqrtf(sum_over_warp(squares));
-      by = length < kShortest ? kShortest : length;
-      if (lengths != nullptr && inside && lane == 0) lengths[token] = length;
-    }
+    const float length = inside && lengths != nullptr ? lengths[token] : 1.0f;
+    const float by = length < kShortest ? kShortest : length;
     for (int d = lane; d < a.D; d += kWarp) {
       const float x = inside ? load_scalar(map.data, a.dtype, at + d) : 0.0f;
-      to[r * pitch + d] = UNIT && a.logit_scale != nullptr ? x / by : x * by;
+      to[r * pitch + d] = lengths != nullptr ? x / by : x * scale;
     }
   }
 }
@@ -186,6 +193,8 @@ __global__ void __launch_bounds__(kSimtThreads, 1) simt_forward_kernel(Args a) {
   float* tile = shared;                            // K, then V
   float* queries = tile + kTile * pitch;           // of the block's rows, scaled
   float* scores = queries + kForwardRows * pitch;  // then probabilities
+  // Of q and k, for cosines alone.
+  float* lengths = a.logit_scale == nullptr ? nullptr : scores + kForwardRows * padded;
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp;
   const int groups = (N + kForwardRows - 1) / kForwardRows;
@@ -198,10 +207,15 @@ __global__ void __launch_bounds__(kSimtThreads, 1) simt_forward_kernel(Args a) {
     const Window w(a, item / groups / a.heads, static_cast<int>(item / groups % a.heads));
     const float cosine_factor = factor(a, w.head);
     __syncthreads();  // the item before is done with shared memory
-    load_rows<true>(a, a.qkv, w, 0, first, kForwardRows, a.scale, queries, nullptr);
+    if (lengths != nullptr) {
+      measure(a, w, 0, first, kForwardRows, lengths);
+      measure(a, w, 1, 0, N, lengths + N);
+      __syncthreads();
+    }
+    load_rows(a, a.qkv, w, 0, first, kForwardRows, a.scale, lengths, queries);
     for (int k = 0; k < N; k += kTile) {
       __syncthreads();
-      load_rows<true>(a, a.qkv, w, 1, k, kTile, 1.0f, tile, nullptr);
+      load_rows(a, a.qkv, w, 1, k, kTile, 1.0f, lengths == nullptr ? nullptr : lengths + N, tile);
       __syncthreads();
       for (int r = warp * kRows; r < warp * kRows + kRows; ++r) {
         const int i = first + r, j = k + lane;
@@ -235,7 +249,7 @@ __global__ void __launch_bounds__(kSimtThreads, 1) simt_forward_kernel(Args a) {
     float sums[kRows][4] = {};
     for (int k = 0; k < N; k += kTile) {
       __syncthreads();
-      load_rows<false>(a, a.qkv, w, 2, k, kTile, 1.0f, tile, nullptr);
+      load_rows(a, a.qkv, w, 2, k, kTile, 1.0f, nullptr, tile);
       __syncthreads();
       const int end = N - k < kTile ? N - k : kTile;
 #pragma unroll
@@ -245,7 +259,9 @@ __global__ void __launch_bounds__(kSimtThreads, 1) simt_forward_kernel(Args a) {
           const int d = c * kWarp + lane;
           if (first + warp * kRows + r >= N || d >= D) continue;
           const float* row = scores + (warp * kRows + r) * padded + k;
-          for (int j = 0; j < end; ++j) sums[r][c] = fmaf(row[j], tile[j * pitch + d], sums[r][c]);
+          float sum = 0.0f;  // of the tile alone: sums of sums round less
+          for (int j = 0; j < end; ++j) sum = fmaf(row[j], tile[j * pitch + d], sum);
+          sums[r][c] += sum;
         }
     }
 #pragma unroll
@@ -293,6 +309,7 @@ struct Backward {
   int first;  // of the rows (or columns) at hand
   float *tile_a, *tile_b, *rows_a, *rows_b, *p, *ds;
   const float *lse, *delta;  // lse in global memory, delta (high, low) of each token in shared
+  const float *q_lengths, *k_lengths;  // for cosines alone
 
   // From scores' and dP's ingredients to the probability; dp is left as dropout leaves it.
   VK_DEVICE float probability(float product, int i, int j, float* s) const {
@@ -309,7 +326,9 @@ VK_DEVICE void accumulate(const float* values, const float* tile, int end, int D
   for (int c = 0; c < 4; ++c) {
     const int d = c * kWarp + lane;
     if (d >= D) continue;
-    for (int t = 0; t < end; ++t) sums[c] = fmaf(values[t], tile[t * pitch + d], sums[c]);
+    float sum = 0.0f;  // of the tile alone: sums of sums round less
+    for (int t = 0; t < end; ++t) sum = fmaf(values[t], tile[t * pitch + d], sum);
+    sums[c] += sum;
   }
 }
 
@@ -324,8 +343,7 @@ VK_DEVICE void store_row(const Args& a, const Window& w, int token, int part,
 }
 
 // Queries first to first + 7, one to a warp: delta, dq, the table's and the factor's gradient.
-VK_DEVICE void query_rows(const Backward& b, float* delta, float* lengths, float* table,
-                          float* dfactor) {
+VK_DEVICE void query_rows(const Backward& b, float* delta, Sum* table, Sum* dfactor) {
   const Args& a = b.a;
   const int N = a.tokens(), D = a.D, pitch = simt_pitch(D), padded = padded_tokens(N);
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
@@ -334,13 +352,13 @@ VK_DEVICE void query_rows(const Backward& b, float* delta, float* lengths, float
   const bool mine = i < N;
   float *p = b.p + warp * padded, *ds = b.ds + warp * padded;
   __syncthreads();
-  load_rows<true>(a, a.qkv, b.w, 0, b.first, kBackwardRows, a.scale, b.rows_a, lengths);
-  load_rows<false>(a, a.dout, b.w, 0, b.first, kBackwardRows, 1.0f, b.rows_b, nullptr);
+  load_rows(a, a.qkv, b.w, 0, b.first, kBackwardRows, a.scale, b.q_lengths, b.rows_a);
+  load_rows(a, a.dout, b.w, 0, b.first, kBackwardRows, 1.0f, nullptr, b.rows_b);
   Sum sum;
   for (int k = 0; k < N; k += kTile) {
     __syncthreads();
-    load_rows<true>(a, a.qkv, b.w, 1, k, kTile, 1.0f, b.tile_a, nullptr);
-    load_rows<false>(a, a.qkv, b.w, 2, k, kTile, 1.0f, b.tile_b, nullptr);
+    load_rows(a, a.qkv, b.w, 1, k, kTile, 1.0f, b.k_lengths, b.tile_a);
+    load_rows(a, a.qkv, b.w, 2, k, kTile, 1.0f, nullptr, b.tile_b);
     __syncthreads();
     const int j = k + lane;
     if (!mine || j >= N) continue;
@@ -367,10 +385,10 @@ VK_DEVICE void query_rows(const Backward& b, float* delta, float* lengths, float
     const int across = 2 * a.Ww - 1, rows = a.table_rows();
     for (int t = static_cast<int>(threadIdx.x); t < rows; t += kSimtThreads) {
       const int dy = t / across - (a.Wh - 1), dx = t % across - (a.Ww - 1);
-      float total = table[t];
+      Sum total = table[t];
       for (int r = 0; r < kBackwardRows && b.first + r < N; ++r) {
         const int y = (b.first + r) / a.Ww - dy, x = (b.first + r) % a.Ww - dx;
-        if (y >= 0 && y < a.Wh && x >= 0 && x < a.Ww) total += b.ds[r * padded + y * a.Ww + x];
+        if (y >= 0 && y < a.Wh && x >= 0 && x < a.Ww) total.add(b.ds[r * padded + y * a.Ww + x]);
       }
       table[t] = total;
     }
@@ -379,7 +397,7 @@ VK_DEVICE void query_rows(const Backward& b, float* delta, float* lengths, float
   float dq[4] = {};
   for (int k = 0; k < N; k += kTile) {
     __syncthreads();
-    load_rows<true>(a, a.qkv, b.w, 1, k, kTile, 1.0f, b.tile_a, nullptr);
+    load_rows(a, a.qkv, b.w, 1, k, kTile, 1.0f, b.k_lengths, b.tile_a);
     __syncthreads();
     if (mine) accumulate(ds + k, b.tile_a, N - k < kTile ? N - k : kTile, D, pitch, dq);
   }
@@ -391,16 +409,16 @@ VK_DEVICE void query_rows(const Backward& b, float* delta, float* lengths, float
     for (int c = 0; c < 4; ++c)
       if (c * kWarp + lane < D) along = fmaf(unit[c * kWarp + lane], dq[c], along);
     along = sum_over_warp(along);
-    if (dfactor != nullptr && lane == 0) dfactor[warp] += along;
+    if (dfactor != nullptr && lane == 0) dfactor[warp].add(along);
   }
 #pragma unroll
   for (int c = 0; c < 4; ++c) dq[c] *= b.by;
-  if (a.logit_scale != nullptr) unit_backward(b.rows_a + warp * pitch, lengths[i], D, dq);
+  if (a.logit_scale != nullptr) unit_backward(b.rows_a + warp * pitch, b.q_lengths[i], D, dq);
   if (a.dqkv.data != nullptr) store_row(a, b.w, i, 0, dq);
 }
 
 // Keys first to first + 7, one to a warp: dk and dv.
-VK_DEVICE void key_columns(const Backward& b, float* lengths) {
+VK_DEVICE void key_columns(const Backward& b) {
   const Args& a = b.a;
   const int N = a.tokens(), D = a.D, pitch = simt_pitch(D), padded = padded_tokens(N);
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
@@ -409,13 +427,13 @@ VK_DEVICE void key_columns(const Backward& b, float* lengths) {
   const bool mine = j < N;
   float *p = b.p + warp * padded, *ds = b.ds + warp * padded;
   __syncthreads();
-  load_rows<true>(a, a.qkv, b.w, 1, b.first, kBackwardRows, 1.0f, b.rows_a, lengths);
-  load_rows<false>(a, a.qkv, b.w, 2, b.first, kBackwardRows, 1.0f, b.rows_b, nullptr);
+  load_rows(a, a.qkv, b.w, 1, b.first, kBackwardRows, 1.0f, b.k_lengths, b.rows_a);
+  load_rows(a, a.qkv, b.w, 2, b.first, kBackwardRows, 1.0f, nullptr, b.rows_b);
   float dk[4] = {}, dv[4] = {};
   for (int k = 0; k < N; k += kTile) {
     __syncthreads();
-    load_rows<true>(a, a.qkv, b.w, 0, k, kTile, a.scale, b.tile_a, nullptr);
-    load_rows<false>(a, a.dout, b.w, 0, k, kTile, 1.0f, b.tile_b, nullptr);
+    load_rows(a, a.qkv, b.w, 0, k, kTile, a.scale, b.q_lengths, b.tile_a);
+    load_rows(a, a.dout, b.w, 0, k, kTile, 1.0f, nullptr, b.tile_b);
     __syncthreads();
     const int i = k + lane;
     if (mine && i < N) {
@@ -439,7 +457,7 @@ VK_DEVICE void key_columns(const Backward& b, float* lengths) {
   if (a.logit_scale != nullptr) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) dk[c] *= b.by;
-    unit_backward(b.rows_a + warp * pitch, lengths[j], D, dk);
+    unit_backward(b.rows_a + warp * pitch, b.k_lengths[j], D, dk);
   }
   store_row(a, b.w, j, 1, dk);
 }
@@ -447,7 +465,6 @@ VK_DEVICE void key_columns(const Backward& b, float* lengths) {
 __global__ void __launch_bounds__(kSimtThreads, 1) simt_backward_kernel(Args a, Partials partials) {
   check_launch_bounds<kSimtThreads>();
   VK_DYNAMIC_SHARED(float, shared);
-  VK_SHARED(float, dfactor, [kSimtWarps]);
   const int N = a.tokens(), pitch = simt_pitch(a.D), padded = padded_tokens(N);
   const int chunk = static_cast<int>(blockIdx.x) / a.heads,
             head = static_cast<int>(blockIdx.x) % a.heads, thread = static_cast<int>(threadIdx.x);
@@ -457,32 +474,43 @@ __global__ void __launch_bounds__(kSimtThreads, 1) simt_backward_kernel(Args a, 
   float* rows_b = rows_a + kBackwardRows * pitch;
   float* p = rows_b + kBackwardRows * pitch;
   float* ds = p + kBackwardRows * padded;
-  float* table = ds + kBackwardRows * padded;
-  float* delta = table + a.table_rows();
-  float* lengths = delta + 2 * N;
-  for (int t = thread; t < a.table_rows(); t += kSimtThreads) table[t] = 0.0f;
-  if (thread < kSimtWarps) dfactor[thread] = 0.0f;
+  float* delta = ds + kBackwardRows * padded;
+  float* lengths = a.logit_scale == nullptr ? nullptr : delta + 2 * N;
+  Sum* dfactor = reinterpret_cast<Sum*>(delta + 4 * N);
+  Sum* table = dfactor + kSimtWarps;
+  for (int t = thread; t < a.table_rows(); t += kSimtThreads) table[t] = Sum();
+  if (thread < kSimtWarps) dfactor[thread] = Sum();
 
   const float by = factor(a, head);
   const uint64_t seed = seed_of(a);
   for (int64_t window = chunk; window < a.windows(); window += partials.chunks) {
     const Window w(a, window, head);
-    Backward b{a,    w, by, seed, 0, tile_a, tile_b, rows_a, rows_b, p, ds, a.lse + w.index * N,
-               delta};
+    if (lengths != nullptr) {
+      __syncthreads();
+      measure(a, w, 0, 0, N, lengths);
+      measure(a, w, 1, 0, N, lengths + N);
+    }
+    Backward b{a,      w,       by,
+               seed,   0,       tile_a,
+               tile_b, rows_a,  rows_b,
+               p,      ds,      a.lse + w.index * N,
+               delta,  lengths, lengths == nullptr ? nullptr : lengths + N};
+    __syncthreads();
     for (b.first = 0; b.first < N; b.first += kBackwardRows)
-      query_rows(b, delta, lengths, partials.table == nullptr ? nullptr : table,
+      query_rows(b, delta, partials.table == nullptr ? nullptr : table,
                  partials.cosine == nullptr ? nullptr : dfactor);
     if (a.dqkv.data == nullptr) continue;
-    for (b.first = 0; b.first < N; b.first += kBackwardRows) key_columns(b, lengths);
+    for (b.first = 0; b.first < N; b.first += kBackwardRows) key_columns(b);
   }
   __syncthreads();
   if (partials.table != nullptr)
     for (int t = thread; t < a.table_rows(); t += kSimtThreads)
-      partials.table[static_cast<int64_t>(blockIdx.x) * a.table_rows() + t] = table[t];
+      partials.table[static_cast<int64_t>(blockIdx.x) * a.table_rows() + t] =
+          table[t].high + table[t].low;
   if (partials.cosine != nullptr && thread == 0) {
-    float sum = 0.0f;
-    for (int i = 0; i < kSimtWarps; ++i) sum += dfactor[i];
-    partials.cosine[blockIdx.x] = sum;
+    Sum sum;
+    for (int i = 0; i < kSimtWarps; ++i) sum.add(dfactor[i].high), sum.low += dfactor[i].low;
+    partials.cosine[blockIdx.x] = sum.high + sum.low;
   }
 }
 
