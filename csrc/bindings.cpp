@@ -8,6 +8,7 @@
 
 #include "add_layer_norm/add_layer_norm_plan.h"
 #include "common/cpu_isa.h"
+#include "window_attention/window_attention_plan_simt.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -41,4 +42,18 @@ PYBIND11_MODULE(_C, m) {
       py::arg("rows"), py::arg("C"), py::arg("aligned"), py::arg("common_types"),
       py::arg("multiprocessors"), py::arg("pass_"),
       "Launch settings of add_layer_norm's CUDA kernels.");
+  m.def(
+      "window_attention_simt_plan",
+      [](int64_t windows, int heads, int N, int D, int table_rows, int multiprocessors,
+         bool backward) {
+        namespace wa = vitkernels::window_attention;
+        const wa::SimtPlan p =
+            backward ? wa::simt_backward_plan(windows, heads, N, D, table_rows, multiprocessors)
+                     : wa::simt_forward_plan(windows, heads, N, D);
+        return py::dict("blocks"_a = p.blocks, "shared_bytes"_a = p.shared_bytes,
+                        "chunks"_a = p.chunks);
+      },
+      py::arg("windows"), py::arg("heads"), py::arg("N"), py::arg("D"), py::arg("table_rows"),
+      py::arg("multiprocessors"), py::arg("backward"),
+      "Launch settings of window_attention's SIMT kernels.");
 }

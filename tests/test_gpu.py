@@ -34,7 +34,8 @@ pytestmark = [
 
 def kernels(op):
     """Those of this operator: what is missing on a GPU machine is a failure, not a skip."""
-    return [b for b in KERNELS if b != "cuda" or op.endswith(("norm", "norm_add"))]
+    in_cuda = op.endswith(("norm", "norm_add")) or op == "window_attention"
+    return [b for b in KERNELS if b != "cuda" or in_cuda]
 
 
 def needs(backend, op):

@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from . import _native
+
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *SIXTEEN_BIT)
 EPS32 = torch.finfo(torch.float32).eps
@@ -335,6 +337,17 @@ def available_for(op: str, device: str | torch.device = "cpu", **facts) -> tuple
 
     table = importlib.import_module(getattr(vitkernels.ops, op).__module__).BACKENDS
     return tuple(b.name for b in table if b.refusal(torch.device(device), (), facts) is None)
+
+
+@contextlib.contextmanager
+def cuda_path(name: str) -> Iterator[None]:
+    """Have the CUDA kernels take one path inside the block: "simt", "sm80", "sm90", or "auto" for
+    the fastest that serves. A call that the path refuses raises RuntimeError with its reason."""
+    before = _native.force_cuda_path(name)
+    try:
+        yield
+    finally:
+        _native.force_cuda_path(before)
 
 
 class DistinctCases:
