@@ -1,0 +1,84 @@
+"""window_attention's sm_80 kernels, forced: values, layouts, refusals, and what nvcc made of them."""
+
+import pytest
+import torch
+from problems import DTYPE_IDS, check, output_gradients
+from window_attention_problems import window_problem
+
+from vitkernels import testing
+from vitkernels.testing import assert_bitwise_equal, available_for, grads_of
+
+FP32, BF16, FP16 = DTYPE_IDS
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(
+        "cuda" not in available_for("window_attention", D=32, N=49), reason="no CUDA kernels here"
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def sm80():
+    with testing.cuda_path("sm80"):
+        yield
+
+
+CASES = [  # window, shift, dtype, options
+    (7, 0, BF16, {}),
+    (7, 3, BF16, {"windows": (2, 3)}),
+    (8, 4, FP16, {"table_dtype": FP16}),
+    (8, 4, BF16, {"cosine": True, "windows": (1, 2), "heads": 2}),
+    (7, 3, FP16, {"cosine": "timm", "B": 1, "heads": 3, "scale_dtype": FP16}),
+    ((2, 3), (1, 2), BF16, {"windows": (3, 2), "B": 3, "heads": 3}),
+    ((4, 16), (0, 5), FP16, {"windows": (2, 1), "scale": -0.3}),
+    ((5, 1), (2, 0), BF16, {"windows": (1, 3), "table_dtype": BF16}),
+    (1, 0, FP16, {"windows": (3, 3)}),
+    ((3, 4), (1, 1), BF16, {"cosine": True, "magnitude": 30.0, "B": 1}),
+]
+
+
+def name(window, shift, options):
+    return " ".join([f"window {window} shift {shift}", *(f"{k} {v}" for k, v in options.items())])
+
+
+@pytest.mark.parametrize(("window", "shift", "dtype", "options"), CASES, ids=str)
+def test_windows(window, shift, dtype, options):
+    problem = window_problem(window, shift, dtype, D=32, **({"B": 2} | options))
+    factor = 0.9 if window in (7, 8) else None  # scores and probabilities stay in fp32
+    check(problem, "cuda", shape_class=name(window, shift, options), rmse_factor=factor)
+
+
+def test_repeats_are_bitwise_equal_and_unwanted_gradients_change_nothing():
+    problem = window_problem(7, 3, BF16, D=32, B=1)
+    tensors = list(problem.inputs.values())
+    with torch.no_grad():
+        grads = output_gradients(problem, testing.as_tuple(problem.ours("cuda")(*tensors)))
+    first = sum(grads_of(problem.ours("cuda"), tensors, grads), ())
+    assert_bitwise_equal(sum(grads_of(problem.ours("cuda"), tensors, grads), ()), first)
+    for wanted in (["qkv"], ["bias_table"]):
+        leaves = [
+            t.detach().requires_grad_(n in wanted)
+            for n, t in zip(problem.inputs, tensors, strict=True)
+        ]
+        problem.ours("cuda")(*leaves).backward(grads[0])
+        for leaf, full in zip(leaves, first[1:], strict=True):
+            if leaf.grad is not None:
+                assert_bitwise_equal(leaf.grad, full)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"dtype": FP32}, "bf16 and fp16"),
+        ({"D": 64}, "head dim 32"),
+        ({"window": 9}, "64 tokens"),
+        ({"dropout_p": 0.5}, "dropout"),
+    ],
+    ids=str,
+)
+def test_refusals(options, why):
+    options = {"window": 2, "dtype": BF16, "D": 32} | options
+    problem = window_problem(options.pop("window"), 0, options.pop("dtype"), B=1, **options)
+    with pytest.raises(RuntimeError, match=why):
+        problem.ours("cuda")(*problem.inputs.values())
