@@ -188,7 +188,10 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _load_records() -> dict[str, dict[str, str]]:
-    """{"sm_90": {"add_layer_norm": "cuda"}}: what won where; shipped ones, then the user's."""
+    """{"sm_90": {"add_layer_norm": "cuda"}}: what won where; shipped ones, then the user's.
+
+    A winner may be an object that also says how it was measured: {"backend": "cuda", ...}.
+    """
     records: dict[str, dict[str, str]] = {}
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitkernels"
     for path in (
@@ -197,10 +200,11 @@ def _load_records() -> dict[str, dict[str, str]]:
     ):
         try:
             for arch, winners in json.loads(path.read_text()).items():
-                records.setdefault(arch, {}).update(winners)
+                names = {k: w["backend"] if isinstance(w, dict) else w for k, w in winners.items()}
+                records.setdefault(arch, {}).update(names)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, KeyError) as error:
             warnings.warn(
                 f"vitkernels: hardware record {path.name} is unreadable, ignored: {error}",
                 stacklevel=2,

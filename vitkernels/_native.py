@@ -23,10 +23,22 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 CPU_ISA_LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 
 
+# A CUDA library built elsewhere, for a machine that has a GPU and no nvcc.
+_cuda_library = os.environ.get("VITKERNELS_CUDA_LIBRARY")
+
+
+def library_path(name: str) -> Path:
+    if name == "vitkernels_cuda" and _cuda_library:
+        return Path(_cuda_library)
+    return LIB_DIR / f"lib{name}.so"
+
+
 def _load(name: str, how_to_build: str) -> str | None:
     """Load one library; None when it is loaded, otherwise the reason why not."""
-    path = LIB_DIR / f"lib{name}.so"
+    path = library_path(name)
     if not path.exists():
+        if path.parent != LIB_DIR:
+            return f"VITKERNELS_CUDA_LIBRARY: {path} does not exist"
         return f"{path.name} is not built ({how_to_build})"
     try:
         torch.ops.load_library(str(path))
@@ -105,7 +117,7 @@ def force_cuda_path(path: str) -> str:
     """Have the CUDA kernels take one path (`CUDA_PATHS`) for every operator that has it; returns
     the one before. For tests and benchmarks: a path that cannot serve a call is an error."""
     library = "vitkernels_emu" if EMULATE else "vitkernels_cuda"
-    force = ctypes.CDLL(str(LIB_DIR / f"lib{library}.so")).vitkernels_force_cuda_path
+    force = ctypes.CDLL(str(library_path(library))).vitkernels_force_cuda_path
     return CUDA_PATHS[force(CUDA_PATHS.index(path))]
 
 
