@@ -1,7 +1,9 @@
-"""window_attention's sm_80 kernels, forced: values, layouts, refusals, and what nvcc made of them."""
+"""window_attention's sm_80 kernels, forced: values, refusals, and what nvcc made of them."""
 
 import pytest
 import torch
+from compiled_code import disassembler, sass
+from native_build import NVCC, ROOT
 from problems import DTYPE_IDS, check, output_gradients
 from window_attention_problems import window_problem
 
@@ -82,3 +84,21 @@ def test_refusals(options, why):
     problem = window_problem(options.pop("window"), 0, options.pop("dtype"), B=1, **options)
     with pytest.raises(RuntimeError, match=why):
         problem.ours("cuda")(*problem.inputs.values())
+
+
+# Each product is 16 mma of a warp: two forward, five backward. Chunks of 16 bytes: two of each tile
+# a thread, before the loop and in it; the backward's lse besides.
+PLANS = {"": ("forward", 32, 12), "_backward": ("backward", 80, 18)}
+
+
+@pytest.mark.skipif(NVCC is None or disassembler() is None, reason="no nvcc or cuobjdump here")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("part", PLANS)
+def test_instructions_are_those_of_the_plan(part, arch):
+    kernel, products, copies = PLANS[part]
+    name = f"window_attention_window_attention_sm80{part}.cu.cuda.o"
+    code = sass(ROOT / "build/native/inplace/obj" / name, arch)
+    for variant in ("1,32,0", "1,32,1", "2,32,0", "2,32,1"):  # bf16, fp16; without, with cosines
+        lines = code[f"{kernel}_kernel<{variant}>"]
+        counts = {word: sum(word in line for line in lines) for word in ("HMMA", "LDGSTS", "LDL")}
+        assert counts == {"HMMA": products, "LDGSTS": copies, "LDL": 0}
