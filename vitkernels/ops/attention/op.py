@@ -29,14 +29,10 @@ def _head_dim_limit(D: int) -> str | None:
     return f"it takes head dims to {MAX_HEAD_DIM}, got {D}" if D > MAX_HEAD_DIM else None
 
 
-def _not_written_yet(D: int) -> str | None:
-    return "attention in CUDA C++ is not part of this version; triton is"
-
-
 # Order of preference. q, k and v share one dtype; bias has its own.
 BACKENDS = (
     Backend("cpu", limit=_head_dim_limit, auto=without_matrix_unit_at_inference),
-    Backend("cuda", limit=_not_written_yet),
+    Backend("cuda", limit=_head_dim_limit),
     Backend("triton", limit=_head_dim_limit),
     Backend("torch", EVERY_FLOAT),
     Backend("reference", EVERY_FLOAT),
