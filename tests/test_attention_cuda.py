@@ -1,7 +1,6 @@
 """attention's CUDA paths, each by name: every case that a path serves, and its words on others."""
 
 import pytest
-import torch
 from attention_problems import attention_problem, packed_problem
 from problems import DTYPE_IDS, check
 
