@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from ... import use_backend
 from ..._version import __version__
 from ..info import cpu_name, taken_backend
+from ..output import table
 from ..progress import bar
 from . import Plan, agreement, digits, photos, pictures, report
 
@@ -99,10 +99,10 @@ class Demo:
         ]
         if any(row.contender == "timm" for row in rows):
             self.timm_note = ""
-        table = Table(*report.HEADINGS)
+        timings = table(*report.HEADINGS, left=3)
         for row in self.rows:
-            table.add_row(*report.cells(row))
-        self.console.print(table)
+            timings.add_row(*report.cells(row))
+        self.console.print(timings)
 
     def write(self, out: Path) -> None:
         self.say("4. Report")
