@@ -1,0 +1,189 @@
+"""`vitkernels train`: a model of any family here, on a folder of images or on digits."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import sys
+from pathlib import Path
+
+from ..usage import UsageError, device_of, need, threads
+from . import options as arguments
+from .options import DIGITS_MODEL, DIGITS_SIZES, Options
+
+
+def configure(commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a model on a folder of images",
+        description="Train with AdamW, a warm-up and a cosine. DIR of --out gets checkpoints, a "
+        "log (CSV, JSON, curves.png) and the best weights, ready for `vitkernels predict "
+        "--weights DIR`. Ctrl-C saves and ends; --resume DIR goes on, on a CPU bit for bit. "
+        "Several processes: torchrun --nproc-per-node N -m vitkernels train ...",
+        argument_default=argparse.SUPPRESS,
+    )
+    arguments.configure(parser)
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    need("train", "cli", "numpy", "PIL", "rich", "matplotlib")
+    need("train", "checkpoints", "safetensors")
+    from rich.console import Console
+
+    from ..output import console
+    from . import recipe
+    from .checkpoint import CheckpointError
+    from .engine import Stopped
+    from .parallel import joined
+
+    o = arguments.read(given)
+    if o.data == "digits":
+        need("train --data digits", "demo", "sklearn")
+    recipe.check(o)
+    device = device_of(o.device)
+    resuming = getattr(given, "resume", None) is not None
+    with threads(o.threads), joined(device) as world:
+        out = console() if world.first else Console(file=io.StringIO())
+        try:
+            if world.first and not resuming:
+                _make_folder(o)
+            if o.compare_seeds is not None:
+                from .study import compare
+
+                compare(o, device, out)
+            else:
+                train(o, world, device, out, resuming)
+        except (Stopped, CheckpointError) as error:
+            if world.first:
+                print(f"vitkernels: {error}", file=sys.stderr)
+            return 130 if str(error).startswith("interrupted") else 1
+    return 0
+
+
+def train(o: Options, world, device, console, resuming: bool = False, teacher=None) -> dict:
+    """One run; the last row of its log."""
+    from .distill import make_teacher
+    from .engine import Trainer
+
+    data, model, config = prepare(o)
+    folder = Path(o.out)
+    console.print(
+        f"{config['architecture']}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M "
+        f"parameters; {len(data.train)} images of {len(data.classes)} classes, "
+        f"{len(data.held_out)} held out; {device}"
+        + (f", {world.size} processes ({o.parallel})" if world.size > 1 else "")
+    )
+    if teacher is None and o.teacher is not None:
+        teacher = _first_alone(world, lambda: make_teacher(o, data, device, console, folder))
+    trainer = Trainer(o, data, model, config, world, device, console, teacher)
+    if resuming:
+        trainer.resume()
+    last = trainer.fit()
+    if last:
+        console.print(
+            f"  best {trainer.at.best[0]:.2%}; weights, curves and log in {folder}: "
+            f"vitkernels predict IMAGE --weights {folder}"
+        )
+    return {**last, "best_accuracy": trainer.at.best[0]} if last else {}
+
+
+def _first_alone(world, make):
+    """The first process makes a file, the others then read it."""
+    if world.size == 1:
+        return make()
+    import torch.distributed as dist
+
+    made = make() if world.first else None
+    dist.barrier()
+    return made if world.first else make()
+
+
+def _make_folder(o: Options) -> None:
+    folder = Path(o.out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        how = (
+            f"go on with it by --resume {folder}, or " if (folder / arguments.FILE).exists() else ""
+        )
+        raise UsageError(f"--out: {folder} is not empty: {how}name a new folder")
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        prepare(o)  # whatever is wrong with data or model is said before anything is left behind
+        o.save(folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir() if made else None
+        raise
+
+
+# --- data and model -------------------------------------------------------------------------------
+
+
+def prepare(o: Options):
+    """(data, model, config.json of the checkpoints)."""
+
+    from .. import naming
+    from ..images import Preprocessing
+    from .checkpoint import seed_everything
+    from .data import open_digits, open_folder
+
+    seed_everything(o.seed)
+    digits = o.data == "digits"
+    if digits:
+        data = open_digits(o.seed)
+        name = o.model or DIGITS_MODEL
+        settings = {"in_chans": 1} | (DIGITS_SIZES if o.model is None else {}) | o.model_kwargs
+        if o.image_size is not None:
+            raise UsageError("--image-size: the digits have 8x8 pixels")
+        settings.setdefault("img_size", 8)
+    else:
+        how = Preprocessing((1, 1))
+        data = open_folder(o, how)
+        name, settings = o.model or naming_default(), dict(o.model_kwargs)
+        if o.image_size is not None:
+            settings["img_size"] = o.image_size
+    settings |= {"num_classes": len(data.classes), "drop_path_rate": o.drop_path}
+    try:
+        if o.weights is not None:
+            model = naming.load_model(o.model, Path(o.weights), **settings)
+        else:
+            model = naming.make_model(name, **settings)
+    except TypeError as error:
+        raise UsageError(f"--model-kwargs: {' '.join(str(error).split())}") from error
+    if model.in_chans != data.in_chans:
+        raise UsageError(
+            f"--model: takes {model.in_chans} channels, the images have {data.in_chans}"
+        )
+    embed = model.patch_embed
+    mean, std = o.mean or (data.mean if digits else None), o.std or (data.std if digits else None)
+    embed.set_normalization(mean, std)
+    data.mean, data.std = tuple(embed.mean.tolist()), tuple(embed.std.tolist())
+    size = embed.img_size
+    if not digits:
+        for part in (data.train, data.held_out):
+            part.how = dataclasses.replace(part.how, size=size, mean=data.mean, std=data.std)
+    saved = {k: v for k, v in settings.items() if k not in ("num_classes", "drop_path_rate")}
+    config = {
+        "architecture": name,
+        "num_classes": len(data.classes),
+        "label_names": data.classes,
+        "model_args": saved,
+        "pretrained_cfg": {
+            "input_size": [data.in_chans, *size],
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "interpolation": "bicubic",
+            "crop_pct": 1.0 if digits else 0.9,
+            "crop_mode": "center",
+        },
+    }
+    return data, model.train(), config
+
+
+def naming_default() -> str:
+    from ..arguments import DEFAULT_MODEL
+
+    return DEFAULT_MODEL

@@ -1,0 +1,195 @@
+"""One run on several processes of torchrun: replicas (DDP), sharded parameters (FSDP2), or split
+heads and hidden units (tensor parallelism, DTensor).
+
+Under tensor parallelism a process computes heads / world heads. The packed rows of qkv are
+[all q | all k | all v]; sharding them in equal parts must give each process its heads of all three,
+so they are permuted to [q k v of process 0 | q k v of process 1 | ...] when the model is split, and
+permuted back in what is saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..usage import UsageError
+
+BLOCKS = ("Block", "ResPostBlock", "SwinBlock", "SwinV2Block", "EncoderBlock")
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    rank: int = 0
+    size: int = 1
+    local: int = 0  # the GPU of this machine
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the processes."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        return (
+            flag if self.size == 1 else bool(self.total(torch.tensor(float(flag), device=device)))
+        )
+
+    def gather(self, value) -> list:
+        if self.size == 1:
+            return [value]
+        found = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def data(self, parallel: str) -> tuple[int, int]:
+        """(rank, world) of the batches: under tensor parallelism all processes see the same."""
+        return (0, 1) if parallel == "tp" else (self.rank, self.size)
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The processes that torchrun started, or this one alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda":
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, local)
+    finally:
+        dist.destroy_process_group()
+
+
+def spread(model: nn.Module, kind: str, world: World, device: torch.device) -> nn.Module:
+    """What to call instead of the model, whose parameters are then this process's."""
+    if world.size == 1:
+        return model
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=[world.local] if device.type == "cuda" else None
+        )
+    if kind == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        for module in model.modules():
+            if type(module).__name__ in BLOCKS:
+                fully_shard(module)
+        return fully_shard(model)
+    return split_heads(model, world, device)
+
+
+# --- tensor parallelism ---------------------------------------------------------------------------
+
+
+def split_heads(model: nn.Module, world: World, device: torch.device) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    plan = {}
+    for name, block in model.named_modules():
+        if type(block).__name__ not in BLOCKS:
+            continue
+        attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+        if type(attn).__name__ != "Attention" or type(mlp).__name__ != "Mlp":
+            raise UsageError(
+                f"--parallel tp: {type(model).__name__} has a {type(block).__name__} that cannot "
+                "be split by heads: use ddp or fsdp"
+            )
+        _check_divides(name, attn, mlp, world.size)
+        with torch.no_grad():
+            order = packed_order(attn.num_heads, attn.head_dim, world.size)
+            for parameter in attn.qkv.parameters():
+                parameter.copy_(parameter[order.to(parameter.device)])
+        attn.num_heads //= world.size
+        plan |= {
+            f"{name}.attn.qkv": ColwiseParallel(),
+            f"{name}.attn.proj": RowwiseParallel(),
+            f"{name}.mlp.fc1": ColwiseParallel(),
+            f"{name}.mlp.fc2": RowwiseParallel(),
+        }
+    return parallelize_module(model, init_device_mesh(device.type, (world.size,)), plan)
+
+
+def _check_divides(name: str, attn: nn.Module, mlp: nn.Module, size: int) -> None:
+    if attn.num_heads % size:
+        raise UsageError(
+            f"--parallel tp: {name} has {attn.num_heads} heads, which {size} processes cannot share "
+            "evenly: use a number of processes that divides them"
+        )
+    if mlp.fc1.out_features % size:
+        raise UsageError(
+            f"--parallel tp: {name} has {mlp.fc1.out_features} hidden units, which {size} processes "
+            "cannot share evenly"
+        )
+    if not isinstance(attn.norm, nn.Identity) or not isinstance(mlp.norm, nn.Identity):
+        raise UsageError(
+            f"--parallel tp: {name} normalises across heads (scale_norm): use ddp or fsdp"
+        )
+
+
+def packed_order(heads: int, head_dim: int, size: int) -> Tensor:
+    """Rows of a packed qkv in the order of processes."""
+    rows = torch.arange(3 * heads * head_dim).view(3, size, heads // size * head_dim)
+    return rows.transpose(0, 1).reshape(-1)
+
+
+def unpacked(name: str, value: Tensor, heads: int, size: int) -> Tensor:
+    """A full parameter, or its moment, in the order of checkpoints."""
+    if ".attn.qkv." not in name or value.ndim == 0:
+        return value
+    order = packed_order(heads, len(value) // (3 * heads), size)
+    out = torch.empty_like(value)
+    out[order] = value
+    return out
+
+
+def packed(name: str, value: Tensor, heads: int, size: int) -> Tensor:
+    if ".attn.qkv." not in name or value.ndim == 0:
+        return value
+    return value[packed_order(heads, len(value) // (3 * heads), size)]
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def clip_gradients(parameters, most: float) -> Tensor:
+    """As torch's clip_grad_norm_, of plain and sharded gradients together; the norm before."""
+    from torch.distributed.tensor import DTensor
+
+    parts = {True: [], False: []}  # sharded: the squares of the processes add up
+    locals_ = []
+    for p in parameters:
+        if p.grad is None:
+            continue
+        sharded = isinstance(p.grad, DTensor) and any(s.is_shard() for s in p.grad.placements)
+        local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+        locals_.append(local)
+        parts[sharded].append(local.detach().float().square().sum())
+    if not locals_:
+        return torch.zeros(())
+    zero = torch.zeros((), device=locals_[0].device)
+    split = torch.stack(parts[True]).sum() if parts[True] else zero
+    if parts[True]:
+        dist.all_reduce(split)
+    norm = (split + (torch.stack(parts[False]).sum() if parts[False] else zero)).sqrt()
+    factor = (most / (norm + 1e-6)).clamp(max=1.0)
+    for local in locals_:
+        local.mul_(factor.to(local.dtype))
+    return norm
