@@ -128,7 +128,7 @@ def find_files(root: Path, name: str) -> dict[str, list[Path]]:
             raise UsageError(f"{name}: the class folder {folder} holds no image")
     if len(found) < 2:
         raise UsageError(
-            f"{name}: {root} must hold one folder for each of at least two classes, got {len(found)}"
+            f"{name}: {root} must hold a folder for each of at least two classes, got {len(found)}"
         )
     return found
 

@@ -21,7 +21,7 @@ from .data import Batch, Data, InOrder, Shuffled, loader
 from .interrupt import Interrupt
 from .journal import Journal
 from .options import Options
-from .parallel import World, clip_gradients, spread
+from .parallel import World, clip_gradients, give_back, spread
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LOSSES_UNREAD = 10  # on a GPU, where reading one waits for the device
@@ -217,6 +217,7 @@ class Trainer:
                 sums[0] += losses.double()
                 sums[1] += ((logits.argmax(1) == targets) & real).sum()
                 sums[2] += real.sum()
+            give_back(self.model)
         if self.world.data(self.o.parallel)[1] > 1:
             self.world.total(sums)
         loss, right, seen, bad = sums.tolist()
@@ -226,15 +227,19 @@ class Trainer:
 
     def _row(self, loss: float, accuracy: float, bad: int) -> dict:
         at, size = self.at, self.world.data(self.o.parallel)[1]
+        sums = torch.tensor([at.loss_sum, at.losses, at.seen, at.bad], dtype=torch.float64)
+        if size > 1:
+            sums = self.world.total(sums.to(self.device)).cpu()
+        loss_sum, losses, seen, bad_in_training = sums.tolist()
         return {
             "epoch": at.epoch + 1,
             "steps": self.steps,
-            "train_loss": at.loss_sum / max(at.losses, 1),
+            "train_loss": loss_sum / max(losses, 1),
             "val_loss": loss,
             "val_accuracy": accuracy,
             "lr": self.schedule.get_last_lr()[-1],
-            "images_per_second": at.seen * size / max(at.seconds, 1e-9),
-            "bad_images": at.bad + bad,
+            "images_per_second": seen / max(at.seconds, 1e-9),
+            "bad_images": int(bad_in_training) + bad,
             "seconds": at.seconds,
         }
 

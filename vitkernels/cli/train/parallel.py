@@ -91,6 +91,13 @@ def spread(model: nn.Module, kind: str, world: World, device: torch.device) -> n
     return split_heads(model, world, device)
 
 
+def give_back(model: nn.Module) -> None:
+    """After a forward without a backward: what FSDP gathered for it goes back into shards."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
 # --- tensor parallelism ---------------------------------------------------------------------------
 
 
@@ -130,13 +137,13 @@ def split_heads(model: nn.Module, world: World, device: torch.device) -> nn.Modu
 def _check_divides(name: str, attn: nn.Module, mlp: nn.Module, size: int) -> None:
     if attn.num_heads % size:
         raise UsageError(
-            f"--parallel tp: {name} has {attn.num_heads} heads, which {size} processes cannot share "
-            "evenly: use a number of processes that divides them"
+            f"--parallel tp: {name} has {attn.num_heads} heads, which {size} processes cannot "
+            "share evenly: use a number of processes that divides them"
         )
     if mlp.fc1.out_features % size:
         raise UsageError(
-            f"--parallel tp: {name} has {mlp.fc1.out_features} hidden units, which {size} processes "
-            "cannot share evenly"
+            f"--parallel tp: {name} has {mlp.fc1.out_features} hidden units, which {size} "
+            "processes cannot share evenly"
         )
     if not isinstance(attn.norm, nn.Identity) or not isinstance(mlp.norm, nn.Identity):
         raise UsageError(

@@ -73,9 +73,10 @@ def summary(runs: list[dict]) -> dict:
 def sentence(report: dict) -> str:
     n = len(report["runs"])
     return (
-        f"Taught, the student is right on {_percent(report['mean_taught'])} of the held-out images, "
-        f"alone on {_percent(report['mean_alone'])}: {100 * report['mean_difference']:+.2f} points on "
-        f"average, better with {report['better']} of {n} seeds, at least "
+        f"Taught, the student is right on {_percent(report['mean_taught'])} of the held-out "
+        f"images, alone on {_percent(report['mean_alone'])}: "
+        f"{100 * report['mean_difference']:+.2f} points on average, better with "
+        f"{report['better']} of {n} seeds, at least "
         f"{100 * report['least_difference']:+.2f} points. The margin "
         f"{'holds' if report['holds'] else 'does not hold'} over all seeds."
     )
@@ -90,8 +91,9 @@ def markdown(report: dict) -> str:
         [
             "# Distillation: does the teacher help?", "",
             f"Teacher: {report['teacher']['what']}, {_percent(report['teacher']['accuracy'])} of "
-            f"{report['held_out']} held-out images. Student: {report['student']}, {report['epochs']} "
-            f"epochs, the last weights tested; {report['seconds']:.0f} s in all.", "",
+            f"{report['held_out']} held-out images. Student: {report['student']}, "
+            f"{report['epochs']} epochs, the last weights tested; "
+            f"{report['seconds']:.0f} s in all.", "",
             "| seed | alone | taught | difference (points) |", "|---|---|---|---|", *rows, "",
             sentence(report), "",
         ]
