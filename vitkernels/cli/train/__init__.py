@@ -60,6 +60,10 @@ def run(given: argparse.Namespace) -> int:
             if world.first:
                 print(f"vitkernels: {error}", file=sys.stderr)
             return 130 if str(error).startswith("interrupted") else 1
+        except UsageError:
+            if world.first and not resuming:
+                _remove_unused(Path(o.out))
+            raise
     return 0
 
 
@@ -108,15 +112,16 @@ def _make_folder(o: Options) -> None:
             f"go on with it by --resume {folder}, or " if (folder / arguments.FILE).exists() else ""
         )
         raise UsageError(f"--out: {folder} is not empty: {how}name a new folder")
-    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        prepare(o)  # whatever is wrong with data or model is said before anything is left behind
-        o.save(folder)
-    except BaseException:
+    o.save(folder)
+
+
+def _remove_unused(folder: Path) -> None:
+    """A run that was refused leaves nothing behind."""
+    if folder.is_dir() and [path.name for path in folder.iterdir()] == [arguments.FILE]:
+        (folder / arguments.FILE).unlink()
         with contextlib.suppress(OSError):
-            folder.rmdir() if made else None
-        raise
+            folder.rmdir()
 
 
 # --- data and model -------------------------------------------------------------------------------
@@ -124,6 +129,8 @@ def _make_folder(o: Options) -> None:
 
 def prepare(o: Options):
     """(data, model, config.json of the checkpoints)."""
+
+    import torch
 
     from .. import naming
     from ..images import Preprocessing
@@ -157,6 +164,8 @@ def prepare(o: Options):
         raise UsageError(
             f"--model: takes {model.in_chans} channels, the images have {data.in_chans}"
         )
+    if digits and o.model is None:  # so small an image is told apart by where its strokes are
+        torch.nn.init.normal_(model.pos_embed, std=0.5)
     embed = model.patch_embed
     mean, std = o.mean or (data.mean if digits else None), o.std or (data.std if digits else None)
     embed.set_normalization(mean, std)

@@ -16,8 +16,11 @@ FILE = "options.json"  # in the folder of a run
 # What may be said anew beside --resume: it changes no number on a CPU.
 OF_THE_MACHINE = ("workers", "threads", "device", "compile", "parallel")
 DIGITS_MODEL = "vit_tiny_patch2_8"
+# What is usual for them, where nothing else was asked: 98% right in a minute.
+DIGITS_RECIPE = {"epochs": 40, "batch": 32, "lr": 3e-3, "warmup_epochs": 3.0, "ema": 0.99}
 DIGITS_SIZES = {
     "embed_dim": 64, "depth": 4, "num_heads": 4, "class_token": False, "global_pool": "avg",
+    "weight_init": "reset",
 }  # fmt: skip
 
 
@@ -96,7 +99,8 @@ def read(given: argparse.Namespace) -> Options:
     if "model_kwargs" in told:
         told["model_kwargs"] = dict(told["model_kwargs"])
     if getattr(given, "resume", None) is None:
-        options = Options(**told)
+        usual = DIGITS_RECIPE if told.get("data") == "digits" else {}
+        options = Options(**{**usual, **told})
         _check(options)
         return options
     fixed = [name for name in told if name not in OF_THE_MACHINE]
