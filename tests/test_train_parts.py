@@ -47,7 +47,8 @@ def test_groups_are_timms(make):
 
     model = make()
     ours = recipe._groups(model, Options(weight_decay=0.05))
-    theirs = param_groups_weight_decay(model, 0.05, model.no_weight_decay())
+    exempt = model.no_weight_decay()
+    theirs = param_groups_weight_decay(model, 0.05, no_weight_decay_list=exempt)
 
     def decays(groups):
         return {p: g["weight_decay"] for g in groups for p in g["params"]}

@@ -43,7 +43,9 @@ def _groups(model: nn.Module, o: Options) -> list[dict]:
     if o.layer_decay is not None:
         from timm.optim import param_groups_layer_decay
 
-        groups = param_groups_layer_decay(model, o.weight_decay, exempt, layer_decay=o.layer_decay)
+        groups = param_groups_layer_decay(
+            model, o.weight_decay, no_weight_decay_list=exempt, layer_decay=o.layer_decay
+        )
         return [{k: v for k, v in g.items() if k != "param_names"} for g in groups]
     decayed, spared = [], []
     for name, parameter in model.named_parameters():
