@@ -85,9 +85,7 @@ def distillation_loss(
     tensors = (logits, distill_logits, teacher_logits, targets)
     dtypes = tuple(t.dtype for t in tensors if t.is_floating_point())
     wanted = needs_autograd(logits, distill_logits)
-    chosen = choose(
-        "distillation_loss", BACKENDS, backend, logits.device, dtypes, training=wanted
-    )
+    chosen = choose("distillation_loss", BACKENDS, backend, logits.device, dtypes, training=wanted)
     per_class = reduction == "deit" and kind == "soft"
     options = (float(alpha), float(temperature), kind == "hard", float(label_smoothing), per_class)
     if chosen == "torch":
