@@ -208,8 +208,6 @@ class _DistillationLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dlogits, ddistill)
         ctx.backend, ctx.per_class = inputs[0], inputs[9]
-        # A leaf's .grad may take over the tensor it is given, and be written to.
-        ctx.kept_may_leave = not (inputs[1].is_leaf or inputs[2].is_leaf)
 
     @staticmethod
     @once_differentiable
@@ -217,7 +215,7 @@ class _DistillationLoss(torch.autograd.Function):
         if dloss is None:
             return (None,) * 11
         output_mask, kept = list(ctx.needs_input_grad[1:3]), ctx.saved_tensors
-        if ctx.kept_may_leave and _is_one(dloss, kept):
+        if _is_one(dloss, kept) and not _graph_is_kept():
             grads = [t if wanted else None for t, wanted in zip(kept, output_mask, strict=True)]
         else:
             scale = overload("distillation_loss_bwd", ctx.backend)
@@ -236,3 +234,10 @@ def _is_one(dloss: Tensor, kept: tuple[Tensor | None, ...]) -> bool:
         and all(t is None or t.dtype != torch.float16 for t in kept)
         and dloss.item() == 1.0
     )
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward may come again (retain_graph), and find its tensors written to: a
+    leaf's .grad takes over the tensor it is given."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()

@@ -81,20 +81,36 @@ def distillation_loss_fwd(
     logits, distill_logits, teacher_logits, targets, alpha, temperature, hard, label_smoothing,
     per_class, grad_mask,
 ):  # fmt: skip
-    wide = widen(logits.detach()), widen(distill_logits.detach())
-    dtype = torch.promote_types(wide[0].dtype, widen(teacher_logits).dtype)
-    with torch.enable_grad():
-        leaves = [t.to(dtype, copy=True).requires_grad_() for t in wide]
-        options = (alpha, temperature, hard, label_smoothing, per_class)
-        loss = distillation_loss(*leaves, teacher_logits.detach(), targets.detach(), *options)
-        grads = torch.autograd.grad(loss, leaves)
+    options = (alpha, temperature, hard, label_smoothing, per_class)
+    tensors = (logits, distill_logits, teacher_logits, targets)
+    loss = distillation_loss(*tensors, *options).to(widen(logits).dtype)
     kept = [
         (grad * unit).to(logits.dtype) if wanted else None
         for grad, unit, wanted in zip(
-            grads, units(logits.dtype, *logits.shape, per_class), grad_mask, strict=True
+            gradients(*tensors, *options), units(logits.dtype, *logits.shape, per_class),
+            grad_mask, strict=True,
         )
-    ]
-    return loss.detach().to(wide[0].dtype), *kept
+    ]  # fmt: skip
+    return loss, *kept
+
+
+def gradients(
+    logits, distill_logits, teacher_logits, targets, alpha, temperature, hard, label_smoothing,
+    per_class,
+):  # fmt: skip
+    """What autograd makes of distillation_loss: of logits, and of distill_logits."""
+    logits, distill_logits, teacher_logits = map(widen, (logits, distill_logits, teacher_logits))
+    B, K = logits.shape
+    target = smooth(targets, K, label_smoothing, logits.dtype)
+    dlogits = logits.softmax(1) * target.sum(1, keepdim=True) - target
+    if hard:
+        decision = smooth(teacher_logits.argmax(1), K, 0.0, logits.dtype)
+        valid = torch.where(teacher_logits.isnan().any(1, keepdim=True), torch.nan, 1.0)
+        ddistill = (distill_logits.softmax(1) - decision) * valid.to(logits.dtype)
+    else:
+        student = (distill_logits / temperature).softmax(1)
+        ddistill = (student - (teacher_logits / temperature).softmax(1)) * temperature
+    return dlogits * ((1 - alpha) / B), ddistill * (alpha / (B * K if per_class else B))
 
 
 def distillation_loss_bwd(dloss, dlogits, ddistill, per_class, output_mask):
