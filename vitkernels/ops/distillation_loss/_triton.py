@@ -12,6 +12,8 @@ for the gradient. The second reading finds its rows in L1, or in L2: 132 program
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -23,10 +25,14 @@ VARYING = ["B"]
 
 
 @triton.jit
-def _load(ptr, row, start, K, strides, other: tl.constexpr, BLOCK_K: tl.constexpr):
+def _load(
+    ptr, row, start, K, strides, other: tl.constexpr, ALIGN: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """(tile of a head in fp32, its columns); `other` beyond the last column."""
     col = start + tl.arange(0, BLOCK_K)
-    offset = (row.to(tl.int64) * strides[0])[:, None] + (col.to(tl.int64) * strides[1])[None, :]
+    offset = (row.to(tl.int64) * strides[0] * ALIGN)[:, None] + (col.to(tl.int64) * strides[1])[
+        None, :
+    ]
     return tl.load(ptr + offset, mask=(col < K)[None, :], other=other).to(tl.float32), col
 
 
@@ -54,14 +60,14 @@ def _rescaled(sum, top, x, scale):
 @triton.jit
 def _class_head(
     x_ptr, t_ptr, dx_ptr, row, id, K, x_strides, t_strides, smoothing, grad,
-    SOFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    SOFT: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Cross entropy of rows with classes `id`, or with targets t_ptr where SOFT. grad has rows."""
     top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     sum = tl.zeros((BLOCK_R,), tl.float32)
     weighted, deviations, targets, seen = sum, sum, sum, 0
     for start in range(0, K, BLOCK_K):
-        x, col = _load(x_ptr, row, start, K, x_strides, float("-inf"), BLOCK_K)
+        x, col = _load(x_ptr, row, start, K, x_strides, float("-inf"), ALIGN, BLOCK_K)
         before = _finite(top)
         sum, top, _ = _rescaled(sum, top, x, 1.0)
         shift = before - _finite(top)
@@ -70,7 +76,7 @@ def _class_head(
         if smoothing != 0.0:
             deviations += seen * shift + tl.sum(tl.where(inside, centred, 0.0), 1)
         if SOFT:
-            t, _ = _load(t_ptr, row, start, K, t_strides, 0.0, BLOCK_K)
+            t, _ = _load(t_ptr, row, start, K, t_strides, 0.0, ALIGN, BLOCK_K)
             weighted += tl.where(targets == 0.0, 0.0, targets * shift)
             weighted += tl.sum(tl.where(t == 0.0, 0.0, t * centred), 1)
             targets += tl.sum(t, 1)
@@ -81,7 +87,7 @@ def _class_head(
         mass = hit * targets + smoothing
     else:
         valid = (id >= 0) & (id < K)
-        at = x_ptr + row.to(tl.int64) * x_strides[0] + id.to(tl.int64) * x_strides[1]
+        at = x_ptr + row.to(tl.int64) * x_strides[0] * ALIGN + id.to(tl.int64) * x_strides[1]
         x_id = tl.load(at, mask=valid, other=float("nan")).to(tl.float32)
         weighted, mass = x_id - _finite(top), tl.full((BLOCK_R,), 1.0, tl.float32)
     loss = mass * tl.log(sum) - spread * deviations
@@ -90,10 +96,10 @@ def _class_head(
     if dx_ptr is not None:
         factor = grad * mass / sum
         for start in range(0, K, BLOCK_K):
-            x, col = _load(x_ptr, row, start, K, x_strides, float("-inf"), BLOCK_K)
+            x, col = _load(x_ptr, row, start, K, x_strides, float("-inf"), ALIGN, BLOCK_K)
             dx = tl.exp(x - _finite(top)[:, None]) * factor[:, None] - (grad * spread)[:, None]
             if SOFT:
-                t, _ = _load(t_ptr, row, start, K, t_strides, 0.0, BLOCK_K)
+                t, _ = _load(t_ptr, row, start, K, t_strides, 0.0, ALIGN, BLOCK_K)
                 dx -= (grad * hit)[:, None] * t
             else:
                 dx -= tl.where(col[None, :] == id[:, None], (grad * hit)[:, None], 0.0)
@@ -104,15 +110,15 @@ def _class_head(
 @triton.jit
 def _soft_head(
     x_ptr, t_ptr, dx_ptr, row, K, x_strides, t_strides, scale, grad,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """T^2 KL(softmax(t * scale) || softmax(x * scale)), scale = 1 / T."""
     x_top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     x_sum = tl.zeros((BLOCK_R,), tl.float32)
     t_top, t_sum, weighted = x_top, x_sum, x_sum
     for start in range(0, K, BLOCK_K):
-        x, _ = _load(x_ptr, row, start, K, x_strides, float("-inf"), BLOCK_K)
-        t, col = _load(t_ptr, row, start, K, t_strides, float("-inf"), BLOCK_K)
+        x, _ = _load(x_ptr, row, start, K, x_strides, float("-inf"), ALIGN, BLOCK_K)
+        t, col = _load(t_ptr, row, start, K, t_strides, float("-inf"), ALIGN, BLOCK_K)
         x_before, t_before, t_top_before, t_sum_before = (
             _finite(x_top),
             _finite(t_top),
@@ -131,8 +137,8 @@ def _soft_head(
     if dx_ptr is not None:
         x_factor, t_factor = grad / x_sum, grad / t_sum
         for start in range(0, K, BLOCK_K):
-            x, col = _load(x_ptr, row, start, K, x_strides, float("-inf"), BLOCK_K)
-            t, _ = _load(t_ptr, row, start, K, t_strides, float("-inf"), BLOCK_K)
+            x, col = _load(x_ptr, row, start, K, x_strides, float("-inf"), ALIGN, BLOCK_K)
+            t, _ = _load(t_ptr, row, start, K, t_strides, float("-inf"), ALIGN, BLOCK_K)
             dx = tl.exp((x - _finite(x_top)[:, None]) * scale) * x_factor[:, None]
             dx -= tl.exp((t - _finite(t_top)[:, None]) * scale) * t_factor[:, None]
             _store(dx_ptr, dx, row, col, K)
@@ -140,13 +146,15 @@ def _soft_head(
 
 
 @triton.jit
-def _decision(t_ptr, row, K, strides, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+def _decision(
+    t_ptr, row, K, strides, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """(the first of the largest logits, 1 or NaN where there was a NaN) of each row."""
     top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     id = tl.zeros((BLOCK_R,), tl.int32)
     valid = tl.full((BLOCK_R,), 1.0, tl.float32)
     for start in range(0, K, BLOCK_K):
-        t, col = _load(t_ptr, row, start, K, strides, float("-inf"), BLOCK_K)
+        t, col = _load(t_ptr, row, start, K, strides, float("-inf"), ALIGN, BLOCK_K)
         high = tl.max(t, 1)
         here = tl.min(tl.where(t == high[:, None], col[None, :], K), 1)
         id = tl.where(high > top, here, id)
@@ -158,32 +166,36 @@ def _decision(t_ptr, row, K, strides, BLOCK_R: tl.constexpr, BLOCK_K: tl.constex
 @triton.jit(do_not_specialize=VARYING)
 def _forward_kernel(
     logits_ptr, distill_ptr, teacher_ptr, targets_ptr, dlogits_ptr, ddistill_ptr, losses_ptr,
-    B, K, logits_strides, distill_strides, teacher_strides, targets_strides,
+    B, columns, logits_strides, distill_strides, teacher_strides, targets_strides, ids_stride,
     class_weight, distill_weight, class_grad, distill_grad, smoothing, scale,
-    SOFT_TARGETS: tl.constexpr, HARD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    SOFT_TARGETS: tl.constexpr, HARD: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: (ceil(B / BLOCK_R),). losses_ptr: (B,), each row's part of the loss.
 
+    columns and the first of each pair of strides are divided by ALIGN, so that the compiler knows
+    it for a factor of K and of every row's offset: 16-byte loads of 1000 classes depend on it.
     Rows beyond the last are the last once more: the same numbers, to the same places."""
+    K = columns * ALIGN
     row = tl.minimum(tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), B - 1)
+    valid = tl.full((BLOCK_R,), 1.0, tl.float32)
     id = tl.zeros((BLOCK_R,), tl.int64)
     if not SOFT_TARGETS:
-        id = tl.load(targets_ptr + row.to(tl.int64) * targets_strides[0])
-    valid = tl.full((BLOCK_R,), 1.0, tl.float32)
+        id = tl.load(targets_ptr + row.to(tl.int64) * ids_stride)
     loss = class_weight * _class_head(
         logits_ptr, targets_ptr, dlogits_ptr, row, id, K, logits_strides, targets_strides,
-        smoothing, valid * class_grad, SOFT_TARGETS, BLOCK_R, BLOCK_K,
+        smoothing, valid * class_grad, SOFT_TARGETS, ALIGN, BLOCK_R, BLOCK_K,
     )  # fmt: skip
     if HARD:
-        id, valid = _decision(teacher_ptr, row, K, teacher_strides, BLOCK_R, BLOCK_K)
+        id, valid = _decision(teacher_ptr, row, K, teacher_strides, ALIGN, BLOCK_R, BLOCK_K)
         loss += distill_weight * valid * _class_head(
             distill_ptr, teacher_ptr, ddistill_ptr, row, id, K, distill_strides,
-            teacher_strides, 0.0, distill_grad * valid, False, BLOCK_R, BLOCK_K,
+            teacher_strides, 0.0, distill_grad * valid, False, ALIGN, BLOCK_R, BLOCK_K,
         )  # fmt: skip
     else:
         loss += distill_weight * _soft_head(
             distill_ptr, teacher_ptr, ddistill_ptr, row, K, distill_strides, teacher_strides,
-            scale, distill_grad, BLOCK_R, BLOCK_K,
+            scale, distill_grad, ALIGN, BLOCK_R, BLOCK_K,
         )  # fmt: skip
     tl.store(losses_ptr + row, loss)
 
@@ -198,7 +210,7 @@ def _total_kernel(losses_ptr, loss_ptr, B, BLOCK: tl.constexpr):
     tl.store(loss_ptr, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _scale_kernel(dloss_ptr, kept_ptr, out_ptr, size, inverse_unit, BLOCK: tl.constexpr):
     """out = kept * dloss * inverse_unit, contiguous. Grid: (ceil(size / BLOCK),)."""
     factor = tl.load(dloss_ptr) * inverse_unit
@@ -260,12 +272,15 @@ def distillation_loss_fwd(
     losses = torch.empty(B, dtype=torch.float32, device=logits.device)
     loss = torch.empty((), dtype=torch.float32, device=logits.device)
     block_r, block_k, num_warps = plan(K)
+    pairs = [t.stride() if t.ndim == 2 else (0, 0) for t in tensors]
+    align = math.gcd(K, 16, *(pair[0] for pair in pairs))
+    strides = [(pair[0] // align, pair[1]) for pair in pairs]
     with on_device(logits):
         _forward_kernel[(cdiv(B, block_r),)](
-            *tensors, *grads, losses, B, K, *(t.stride() for t in tensors),
+            *tensors, *grads, losses, B, K // align, *strides, targets.stride(0),
             class_weight, distill_weight, class_weight * class_unit, distill_grad,
             label_smoothing, 1.0 / temperature, SOFT_TARGETS=targets.ndim == 2, HARD=hard,
-            BLOCK_R=block_r, BLOCK_K=block_k, num_warps=num_warps,
+            ALIGN=align, BLOCK_R=block_r, BLOCK_K=block_k, num_warps=num_warps,
         )  # fmt: skip
         _total_kernel[(1,)](losses, loss, B, BLOCK=1024, num_warps=4)
     return loss, *grads
