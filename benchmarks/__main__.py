@@ -20,6 +20,7 @@ from vitkernels.cli.bench import report
 from . import (
     bench_add_layer_norm,
     bench_attention,
+    bench_distillation_loss,
     bench_linear_gelu,
     bench_models,
     bench_patch_embed,
@@ -34,6 +35,7 @@ OPS = {
     "attention_qkvpacked": lambda everything: bench_attention.cases(
         everything, "attention_qkvpacked"
     ),
+    "distillation_loss": bench_distillation_loss.cases,
     "patch_embed": bench_patch_embed.cases,
     "patch_merge_layer_norm": bench_patch_merge.cases,
     "window_attention": bench_window_attention.cases,

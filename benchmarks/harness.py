@@ -46,6 +46,8 @@ class Case:
     cost: tuple[float, float]  # FLOPs, least bytes
     targets: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     kernels: tuple[str, ...] = ()
+    frozen: tuple[int, ...] = ()  # positions of float inputs that get no gradient
+    loss: bool = False  # the output is a loss: 1 comes in, as from loss.backward()
 
     @property
     def title(self) -> str:
@@ -76,7 +78,7 @@ def _forward_and_backward(function, inputs, grads):
 
 
 def _differentiated(inputs):
-    """All but uint8 images."""
+    """All but uint8 images, class ids, and what is frozen."""
     return [t for t in inputs if t.requires_grad]
 
 
@@ -88,9 +90,14 @@ def problem_of(case: Case, seed: int = 0) -> tuple[Inputs, Inputs]:
     inputs = [t.detach() for t in case.make_inputs(seed)]
     if case.direction == FORWARD:
         return inputs, []
-    inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
+    inputs = [
+        t.requires_grad_() if t.is_floating_point() and i not in case.frozen else t
+        for i, t in enumerate(inputs)
+    ]
     with torch.no_grad():
         outputs = testing.as_tuple(case.functions["eager"](*inputs))
+    if case.loss:
+        return inputs, [torch.ones_like(o) for o in outputs]
     generator = torch.Generator().manual_seed(seed + 1000)
     return inputs, [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
 

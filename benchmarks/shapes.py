@@ -49,6 +49,10 @@ PATCH_MERGE_TARGETS = {
     ("swin_tiny_stage1", FP32, BOTH): {"best": (1.5, 2.0)},
     ("swin_tiny_stage2", BF16, FORWARD): {"best": (2.0, 2.5)},
 }
+DISTILLATION_TARGETS = {
+    (name, FP32, BOTH): {"eager": (2.0, 2.0), "compile eager": (1.2, 1.2)}
+    for name in ("imagenet", "imagenet21k")
+}
 # Of 7x7 windows, the best of timm's composition, SDPA with the mask, and torch.compile of either.
 WINDOW_ATTENTION_TARGETS = {
     (name, dtype, direction): {"best": aim}

@@ -6,6 +6,7 @@ import torch
 from . import (
     bench_add_layer_norm,
     bench_attention,
+    bench_distillation_loss,
     bench_linear_gelu,
     bench_patch_embed,
     bench_patch_merge,
@@ -16,6 +17,7 @@ from .harness import check, problem_of
 MODULES = (
     bench_add_layer_norm,
     bench_attention,
+    bench_distillation_loss,
     bench_patch_embed,
     bench_patch_merge,
     bench_linear_gelu,

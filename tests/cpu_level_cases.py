@@ -8,6 +8,7 @@ import json
 
 import torch
 from attention_problems import attention_problem, packed_problem
+from distillation_problems import distillation_problem
 from every_op import OPS_AND_BACKENDS
 from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
 from linear_gelu_problems import APPROXIMATIONS, linear_gelu_problem, linear_problem
@@ -57,6 +58,7 @@ def problems(dtype):
     yield from merges(dtype)
     yield from products(dtype)
     yield from embeddings(dtype)
+    yield from losses(dtype)
 
 
 def windows(dtype):
@@ -77,6 +79,14 @@ def merges(dtype):
     if dtype != torch.float32:
         wide = {"weight_dtype": torch.float32, "bias_dtype": torch.float32}
         yield "3x4 C40 fp32 parameters", patch_merge_problem((2, 3, 4, 40), dtype, **wide)
+
+
+def losses(dtype):
+    mixup = {"soft_targets": dtype, "label_smoothing": 0.1}
+    for K in (3, 37, 1000, 2500):
+        yield f"K{K} soft", distillation_problem((7, K), dtype, temperature=2.0, **mixup)
+        yield f"K{K} hard", distillation_problem((7, K), dtype, kind="hard")
+    yield "K70 fp32 teacher", distillation_problem((7, 70), dtype, teacher_dtype=torch.float32)
 
 
 def products(dtype):
@@ -120,7 +130,9 @@ def main():
             if (problem.op, "cpu") in OPS_AND_BACKENDS:
                 # Gradients of a single row are an outer product: their errors have a mean.
                 slack = 1.1 if "M1 " in shape_class else 1.0
-                check(problem, "cpu", shape_class=f"{level} {shape_class}", slack=slack)
+                scalar = {"grad_layout": "contiguous"} if problem.outputs == ("loss",) else {}
+                name = f"{level} {shape_class}"
+                check(problem, "cpu", shape_class=name, slack=slack, **scalar)
     print(json.dumps({"level": level, "cases": sorted(testing.cases.seen)}))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from attention_problems import attention_problem, packed_problem
+from distillation_problems import distillation_problem
 from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
 from linear_gelu_problems import linear_gelu_problem, linear_problem
 from patch_embed_problems import patch_embed_problem
@@ -24,6 +25,7 @@ OPS = (
     "linear_gelu",
     "linear",
     "window_attention",
+    "distillation_loss",
 )
 RAW = {op: op for op in OPS} | {"linear": "linear_gelu"}  # the raw operators' name
 FACTS = {"attention": {"D": 16}, "attention_qkvpacked": {"D": 16}}
@@ -56,6 +58,9 @@ def small_problem(op: str, dtype=torch.float32, *, batch=2, dropout_p=0.0) -> Pr
         problem = linear_gelu_problem((batch, 5, 24), 40, dtype)
     elif op == "linear":
         problem = linear_problem((batch, 5, 24), 40, dtype)
+    elif op == "distillation_loss":
+        options = {"temperature": 3.0, "label_smoothing": 0.1, "soft_targets": torch.float32}
+        problem = distillation_problem((batch, 24), dtype, **options)
     elif op == "window_attention":
         problem = window_problem(
             (2, 3), (1, 2), dtype, B=batch, heads=2, cosine="timm", dropout_p=dropout_p

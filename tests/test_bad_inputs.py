@@ -39,6 +39,18 @@ def good_arguments(op):
     if op == "patch_merge_layer_norm":
         parameters = {"weight": torch.randn(4 * C), "bias": torch.randn(4 * C)}
         return {"x": torch.randn(B, N, 4, C), **parameters, "eps": 1e-5}
+    if op == "distillation_loss":
+        return {
+            "logits": torch.randn(B, C),
+            "distill_logits": torch.randn(B, C),
+            "teacher_logits": torch.randn(B, C),
+            "targets": torch.rand(B, C),
+            "alpha": 0.3,
+            "temperature": 2.0,
+            "kind": "soft",
+            "label_smoothing": 0.1,
+            "reduction": "deit",
+        }
     if op == "window_attention":
         return {
             "qkv": torch.randn(B, 4, 6, 3 * H * D),
@@ -116,6 +128,7 @@ PATCH_EMBED_TENSORS = {
 }
 LINEAR_TENSORS = {"weight": (1,), "bias": range(1)}
 PATCH_MERGE_TENSORS = {"weight": range(1), "bias": range(1)}
+DISTILLATION_TENSORS = dict.fromkeys(("distill_logits", "teacher_logits", "targets"), range(2))
 WINDOW_TENSORS = {"bias_table": range(2), "logit_scale": range(1)}
 
 
@@ -129,6 +142,8 @@ def fixed_sizes(op):
         return PATCH_MERGE_TENSORS
     if op == "window_attention":
         return WINDOW_TENSORS
+    if op == "distillation_loss":
+        return DISTILLATION_TENSORS
     return PATCH_EMBED_TENSORS if op == "patch_embed" else ATTENTION_TENSORS
 
 
@@ -150,13 +165,18 @@ def bad_arguments(op):
         "rows": [(str(v), v) for v in (N, -N - 1, 1.0, "0", [0, N], [0.5], [True], {"a": 1})],
         "approximate": [(str(v), v) for v in ("erf", "None", "", None, 1, True, b"none", ["none"])],
         "save_preactivation": [(str(v), v) for v in (None, 0, 1, "yes", torch.tensor(True))],
+        "alpha": bad_numbers(-0.1, 1.1, 2, -1),
+        "label_smoothing": bad_numbers(-0.1, 1.1, 2),
+        "temperature": bad_numbers(0.0, -1.0, 0),
+        "kind": [(str(v), v) for v in ("", "Soft", "none", None, 1, True, ["hard"], b"soft")],
+        "reduction": [(str(v), v) for v in ("", "mean", "sum", "none", None, 1, ["deit"])],
         "backend": [(str(v), v) for v in ("", "gpu", "CPU", 3, torch.float32)],
     }
     for name in (*good, "backend"):
         if name in numbers:
             yield from ((name, what, value) for what, value in numbers[name])
             continue
-        first = name in ("x", "q", "qkv", "images")
+        first = name in ("x", "q", "qkv", "images", "logits")
         for what, value in not_a_float_tensor(good[name].float()):
             if is_fine(name, what):
                 continue
@@ -187,6 +207,9 @@ def special_cases(op, good):
         return
     if op == "window_attention":
         yield from window_attention_cases(good)
+        return
+    if op == "distillation_loss":
+        yield from distillation_cases(good)
         return
     if op in ("add_layer_norm", "layer_norm_add"):
         yield "x", "None", None
@@ -281,6 +304,28 @@ def window_attention_cases(good):
     yield "scale", "beside logit_scale", 0.25
 
 
+def distillation_cases(good):
+    logits = good["logits"]
+    yield "logits", "None", None
+    yield "logits", "no dimension", torch.tensor(1.0)
+    yield "logits", "of one sample", logits[0]
+    yield "logits", "of a map", logits[..., None]
+    yield "logits", "no rows", logits[:0]
+    yield "logits", "no classes", logits[:, :0]
+    for name in ("distill_logits", "teacher_logits", "targets"):
+        yield name, "None", None
+    yield "distill_logits", "another dtype", logits.bfloat16()
+    yield "distill_logits", "both heads", torch.stack((logits, logits))
+    yield "teacher_logits", "requires_grad", torch.randn(B, C, requires_grad=True)
+    yield "targets", "requires_grad", torch.rand(B, C, requires_grad=True)
+    yield "targets", "floats of a class each", torch.zeros(B)
+    yield "targets", "class ids of another batch", torch.zeros(B + 1, dtype=torch.int64)
+    yield "targets", "class ids in a column", torch.zeros(B, 1, dtype=torch.int64)
+    yield "targets", "one-hot integers", torch.zeros(B, C, dtype=torch.int64)
+    yield "targets", "uint8 class ids", torch.zeros(B, dtype=torch.uint8)
+    yield "targets", "a list", [0, 1]
+
+
 def patch_embed_cases(good):
     images, weight = good["images"], good["weight"]
     yield "images", "None", None
@@ -327,6 +372,7 @@ PUBLIC_OPS = (
     "linear_gelu",
     "linear",
     "window_attention",
+    "distillation_loss",
     "attention_weights",
 )
 WITH_BACKENDS = PUBLIC_OPS[:-1]

@@ -25,6 +25,7 @@ CASES = {
     "patch_merge_layer_norm": 32,
     "linear_gelu": 49,
     "linear": 40,
+    "distillation_loss": 27,
 }
 LEVELS = _native.CPU_ISA_LEVELS[: _native.CPU_ISA_LEVELS.index(MACHINE) + 1]
 

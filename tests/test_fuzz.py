@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from attention_problems import attention_problem, packed_problem
+from distillation_problems import distillation_problem
 from every_op import OPS_AND_BACKENDS
 from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
 from linear_gelu_problems import APPROXIMATIONS, linear_gelu_problem, linear_problem
@@ -149,12 +150,29 @@ def draw_patch_merge(op, rng, small):
     return patch_merge_problem((*size, channels), rng.choice(FLOATS), **options)
 
 
+def draw_distillation_loss(op, rng, small):
+    rows, classes = rng.randint(1, 5 if small else 20), rng.randint(2, 200 if small else 3000)
+    options = {
+        "alpha": rng.choice([0.0, 0.1, 0.5, 1.0]),
+        "temperature": rng.choice([1.0, 2.0, 0.3, 7.0]),
+        "kind": rng.choice(["soft", "soft", "hard"]),
+        "label_smoothing": rng.choice([0.0, 0.0, 0.1, 0.5]),
+        "reduction": rng.choice(["batchmean", "deit"]),
+        "soft_targets": rng.choice([None, None, *FLOATS]),
+        "teacher_dtype": rng.choice([None, *FLOATS]),
+        "spread": rng.choice([0.3, 1.0, 4.0]),
+        "seed": rng.randrange(2**20),
+    }
+    return distillation_problem((rows, classes), rng.choice(FLOATS), **options)
+
+
 DRAW = {"attention": draw_attention, "attention_qkvpacked": draw_attention}
 DRAW |= {"add_layer_norm": draw_layer_norm, "layer_norm_add": draw_layer_norm}
 DRAW |= {"linear_gelu": draw_linear, "linear": draw_linear, "patch_embed": draw_patch_embed}
 DRAW |= {"window_attention": draw_window_attention}
 OWN_LAYOUTS = {"patch_embed": IMAGE_LAYOUTS, "window_attention": MAP_LAYOUTS}
 DRAW["patch_merge_layer_norm"] = draw_patch_merge
+DRAW["distillation_loss"] = draw_distillation_loss
 
 
 def run_one(op, backend, seed):
@@ -165,6 +183,8 @@ def run_one(op, backend, seed):
         layout, incoming = rng.choice(OWN_LAYOUTS[op]), incoming or "contiguous"
     if op == "patch_merge_layer_norm" and problem.inputs["weight"] is None:
         incoming = None if incoming == "ones" else incoming  # dx is 0 there, but for rounding
+    if op == "distillation_loss":
+        incoming = incoming or "contiguous"  # of a scalar
     tensors = {name: t for name, t in problem.inputs.items() if t is not None}
     names = [name for name, t in tensors.items() if t.is_floating_point()]
     wanted = tuple(rng.sample(names, rng.randint(1, len(names))))

@@ -14,6 +14,8 @@ SLICES |= {"attention": "attention", "attention_qkvpacked": "attention"}
 SLICES |= {"patch_merge_layer_norm": "patch_merge", "window_attention": "window_attention"}
 SLICES |= {"patch_embed": "patch_embed", "linear_gelu": "linear_gelu", "linear": "linear_gelu"}
 
+SLICES |= {"distillation_loss": "distillation_loss"}
+
 
 def change(index, function):
     """Replace output `index` of the raw operator by `function` of it."""
@@ -126,6 +128,19 @@ FAULTS = {
     "windows: dtable: missing": ("window_attention_bwd", change(1, nothing)),
     "windows: dlogit_scale: heads": ("window_attention_bwd", change(2, lambda t: t.flip(0))),
     "windows: dlogit_scale: frozen": ("window_attention_bwd", change(2, torch.zeros_like)),
+    "loss: off": ("distillation_loss_fwd", change(0, lambda t: t * 1.00001)),
+    "loss: of one sample": ("distillation_loss_fwd", change(0, lambda t: t / 2)),
+    "loss: input written": ("distillation_loss_fwd", write_into_input),
+    "kept dlogits: one value": ("distillation_loss_fwd", change(1, add_to_one)),
+    "kept dlogits: bf16 inside": ("distillation_loss_fwd", change(1, truncate)),
+    "kept ddistill: missing": ("distillation_loss_fwd", change(2, nothing)),
+    "kept ddistill: without temperature": (
+        "distillation_loss_fwd",
+        change(2, lambda t: t / 3),
+    ),
+    "loss dlogits: last column": ("distillation_loss_bwd", change(0, zero_last_column)),
+    "loss ddistill: sign": ("distillation_loss_bwd", change(1, torch.neg)),
+    "loss ddistill: missing": ("distillation_loss_bwd", change(1, nothing)),
     "gelu: one value": ("linear_gelu_fwd", change(0, add_to_one)),
     "gelu: bf16 inside": ("linear_gelu_fwd", change(0, truncate)),
     "gelu: another kind": ("linear_gelu_fwd", change(0, lambda t: t + 4e-4 * t.sign())),
@@ -161,7 +176,9 @@ def test_a_planted_fault_is_caught(name, monkeypatch):
     problem.options.pop("out_dtype", None)
     if op == "add_layer_norm":
         problem.options["out_dtype"] = torch.float32
-    check(problem, "reference", shape_class="planted faults, none")
+    # A loss is a scalar, whose incoming gradient has no layout.
+    scalar = {"grad_layout": "contiguous"} if op == "distillation_loss" else {}
+    check(problem, "reference", shape_class="planted faults, none", **scalar)
     monkeypatch.setattr(module, "overload", faulty)
     with pytest.raises((AssertionError, RuntimeError)):
-        check(problem, "reference", shape_class="planted faults")
+        check(problem, "reference", shape_class="planted faults", **scalar)

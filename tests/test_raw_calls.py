@@ -132,6 +132,9 @@ def test_forward_mode_is_refused_not_dropped(backend):
         calls.append(lambda x: ops.linear(x, X[0], backend=backend))
     if backend in available_for("patch_merge_layer_norm"):
         calls.append(lambda x: ops.patch_merge_layer_norm(x[:, None], None, None, backend=backend))
+    if backend in available_for("distillation_loss"):
+        ids = torch.zeros(2, dtype=torch.int64)
+        calls.append(lambda x: ops.distillation_loss(*[x[:, 0]] * 2, X[:, 1], ids, backend=backend))
     if backend in available_for("patch_embed"):
         weight = X[0, :2].view(2, 1, 4, 4)
         calls.append(lambda x: ops.patch_embed(x[:, None, :4], weight, backend=backend))

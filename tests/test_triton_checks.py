@@ -53,7 +53,14 @@ def raw_arguments():
     }  # fmt: skip
     merged = torch.randn(2, 4, 6, 8)
     window_saved = {"out": merged, "lse": torch.randn(2, 4, 2, 6)}
+    rows = torch.randn(2, 8)
+    loss = {"logits": rows, "distill_logits": torch.randn(2, 8), "teacher_logits": -rows}
+    loss |= {"targets": torch.tensor([1, 7]), "alpha": 0.5, "temperature": 2.0, "hard": False,
+             "label_smoothing": 0.1, "per_class": True, "grad_mask": [True] * 2}  # fmt: skip
     return {
+        "distillation_loss_fwd": loss,
+        "distillation_loss_bwd": {"dloss": torch.tensor(0.5), "dlogits": rows, "ddistill": -rows,
+                                  "per_class": True, "output_mask": [True] * 2},
         "window_attention_fwd": {**maps, **windows},
         "window_attention_bwd": {"dout": merged, **maps, **window_saved, **windows,
                                  "output_mask": [True] * 3},
@@ -95,10 +102,12 @@ def test_raw_calls_refuse_what_a_kernel_would_misread(op):
         bad = {
             "dropout_p": [0.5, -0.5, 1.0], "num_heads": [0, 5], "activation": [-1, 4],
             "window_h": [0, 3], "window_w": [0, 4], "shift_h": [-1, 2], "shift_w": [-1, 3],
-            "out_dtype": [torch.float64, torch.int32],
+            "out_dtype": [torch.float64, torch.int32], "alpha": [-0.1, 1.5],
+            "temperature": [0.0, -1.0, float("inf")], "label_smoothing": [-0.1, 1.5],
         }.get(name, [])  # fmt: skip
         if isinstance(value, torch.Tensor):
-            short = value[..., :-1] if name != "bias" or value.ndim == 1 else value[..., :2]
+            short = value.repeat(2) if value.ndim == 0 else value[..., :-1]
+            short = short if name != "bias" or value.ndim == 1 else value[..., :2]
             bad = [short, value.double(), value.int()]
             bad += [] if (op, name) == ("linear_gelu_fwd", "x") else [value[None]]
             bad += [] if name in ("bias", "key_padding_mask") else [value.bool()]

@@ -31,6 +31,7 @@ from vitkernels.ops.add_layer_norm import _triton_forward as ln_forward
 from vitkernels.ops.attention import _triton_backward as attention_backward
 from vitkernels.ops.attention import _triton_dbias as attention_dbias
 from vitkernels.ops.attention import _triton_forward as attention_forward
+from vitkernels.ops.distillation_loss import _triton as distillation
 from vitkernels.ops.linear_gelu import _triton_backward as linear_backward
 from vitkernels.ops.linear_gelu import _triton_forward as linear_forward
 from vitkernels.ops.patch_embed import _triton_backward as patch_backward
@@ -47,7 +48,7 @@ WINDOWS = (window_forward, window_backward, window_passes, window_dbias)
 PRODUCTS = (linear_forward, linear_backward, patch_forward, patch_backward)
 MODULES = (
     *(reduce, ln_forward, ln_backward, attention_forward, attention_backward, attention_dbias),
-    *(*PRODUCTS, merge, window_tiles, *WINDOWS),
+    *(*PRODUCTS, merge, distillation, window_tiles, *WINDOWS),
 )
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -194,6 +195,18 @@ def patch_merge(C, dtype=BF16, parameters=None, B=64, size=56):
     merge.patch_merge_layer_norm_bwd(y, x, mean, rstd, weight, weight, [True] * 3)
 
 
+def loss(K, dtype=BF16, teacher=None, hard=False, soft_targets=None, B=512):
+    heads = torch.empty(B, K, dtype=dtype)
+    targets = torch.empty(B, dtype=torch.int64)
+    if soft_targets is not None:
+        targets = torch.empty(B, K, dtype=soft_targets)
+    given = (heads, heads, torch.empty(B, K, dtype=teacher or dtype), targets)
+    options = (0.5, 3.0, hard, 0.1, True)
+    value, *kept = distillation.distillation_loss_fwd(*given, *options, [True, True])
+    distillation.distillation_loss_bwd(value, *kept, True, [True, True])
+    distillation.distillation_loss_fwd(*given, *options, [False, False])
+
+
 def case(function, *args, spills=0, **options):
     """spills: the stack bytes a thread may have, None for any."""
     words = [str(a) for a in args]
@@ -236,6 +249,10 @@ MAIN = [
     case(patch_merge, 192, size=28),
     case(patch_merge, 384, parameters=FP32, size=14),
     case(patch_merge, 96, FP32),
+    case(loss, 1000),
+    case(loss, 1000, FP32, hard=True),
+    case(loss, 21841, teacher=FP32, soft_targets=FP32),
+    case(loss, 65536),
 ]
 EVERY = [
     *[case(layer_norm, C, dtype, dtype) for C in (1, 3, 96, 1000) for dtype in (BF16, FP32)],
@@ -289,6 +306,8 @@ EVERY = [
     *[case(patch_merge, C, size=15) for C in (1, 3, 31, 128, 256, 512, 768, 1000, 1024)],
     *[case(patch_merge, C, FP32, size=15) for C in (24, 192, 384, 768, 1024)],
     case(patch_merge, 192, FP16, parameters=FP32, size=28),
+    *[case(loss, K, dtype) for K in (10, 100, 1000, 21841) for dtype in (BF16, FP16, FP32)],
+    *[case(loss, K, hard=True, soft_targets=BF16) for K in (10, 100, 1000, 21841, 65536)],
 ]
 SETS = {"main": MAIN, "every": EVERY}
 

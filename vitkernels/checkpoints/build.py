@@ -11,20 +11,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..models.deit_names import IMAGENET as IMAGENET
 from ..models.init import trunc_normal_
 
 State = dict[str, Tensor]
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 BICUBIC = {"mode": "bicubic", "antialias": True}
 BILINEAR = {"mode": "bilinear", "antialias": False}  # timm's choice for JAX checkpoints
 
 
 class Family(NamedTuple):
-    """What building must know of FusedViT or FusedSwin."""
+    """What building must know of FusedViT, FusedDeiT or FusedSwin."""
 
     name: str
-    head: str  # how the names of the classifier start
+    head: str | tuple[str, ...]  # how the names of the classifier start
     # (loader, origin, state, hints and overrides) -> constructor arguments
     settings_from_shapes: Callable[[str, str, State, dict], dict]
     # (loader, origin, model, state, overrides, resampling) -> state at the sizes of the model
@@ -72,9 +72,10 @@ def build(
     if fresh_head:
         model.reset_classifier(settings["num_classes"])
         if settings["num_classes"] > 0:
-            head = model.get_classifier()
-            trunc_normal_(head.weight.data, std=0.02)
-            nn.init.zeros_(head.bias)
+            heads = model.get_classifier()
+            for head in heads if isinstance(heads, tuple) else (heads,):
+                trunc_normal_(head.weight.data, std=0.02)
+                nn.init.zeros_(head.bias)
     return model.to(**where) if where else model
 
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import GELUTanh, LayerNorm, QuickGELU
-from .build import IMAGENET, build, one_sentence, warn_of_ignored
+from .build import IMAGENET, Family, build, one_sentence, warn_of_ignored
 from .files import read_folder
 from .vit_shapes import VIT
 
 MODELS = ("vit", "dinov2", "dinov2_with_registers")
+DEIT_MODELS = ("deit",)
 SWIN_MODELS = ("swin", "swinv2")
-KINDS = {"FusedViT": MODELS, "FusedSwin": SWIN_MODELS}
+KINDS = {"FusedViT": MODELS, "FusedDeiT": DEIT_MODELS, "FusedSwin": SWIN_MODELS}
 ACTIVATIONS = {
     "gelu": nn.GELU,
     "gelu_python": nn.GELU,
@@ -41,6 +42,11 @@ _OUTSIDE = {
     "layernorm.bias": "norm.bias",
     "classifier.weight": "head.weight",
     "classifier.bias": "head.bias",
+    "embeddings.distillation_token": "dist_token",
+    "cls_classifier.weight": "head.weight",
+    "cls_classifier.bias": "head.bias",
+    "distillation_classifier.weight": "head_dist.weight",
+    "distillation_classifier.bias": "head_dist.bias",
 }
 _INSIDE = {
     "layernorm_before": "norm1",
@@ -97,16 +103,16 @@ def from_source(from_state, cls, source: str | os.PathLike | nn.Module, what: st
 
 def from_state(
     cls, loader: str, origin: str, config: dict, tensors: dict[str, Tensor], overrides: dict,
-    *, keep_requires_grad: bool = False,
+    *, keep_requires_grad: bool = False, family: Family = VIT,
 ):  # fmt: skip
     """From transformers' configuration (empty: what a ViT has by default) and names."""
-    hints = _hints(loader, origin, config) if config else _default_hints(tensors)
+    hints = _hints(loader, origin, config, family) if config else _default_hints(tensors)
     with one_sentence(loader, origin):
         state = timm_state(loader, origin, tensors)
     hints["no_embed_class"] = "reg_token" in state
     dropout = hints.pop("hidden_dropout_prob", 0.0)
     model = build(
-        VIT, cls, loader, origin, state, {**hints, "global_pool": "token"}, overrides,
+        family, cls, loader, origin, state, {**hints, "global_pool": "token"}, overrides,
         keep_requires_grad=keep_requires_grad,
     )  # fmt: skip
     if dropout and "proj_drop_rate" not in overrides:
@@ -173,9 +179,9 @@ def _rename(key: str) -> tuple:
     return (f"blocks.{layer}.{_INSIDE.get(module, module)}.{leaf}",)
 
 
-def _hints(loader: str, origin: str, config: dict) -> dict:
+def _hints(loader: str, origin: str, config: dict, family: Family) -> dict:
     """What the configuration says beside shapes."""
-    check_kind(loader, origin, config, MODELS, "FusedViT")
+    check_kind(loader, origin, config, KINDS[family.name], family.name)
     hints = {
         **shared_hints(loader, origin, config, ("num_attention_heads", "num_hidden_layers")),
         "num_heads": config["num_attention_heads"],
@@ -222,13 +228,16 @@ def shared_hints(loader: str, origin: str, config: dict, needed: tuple[str, ...]
 
 
 def _default_hints(tensors: dict[str, Tensor]) -> dict:
-    """What a file without a configuration most likely is: of the two, DINOv2 has LayerScale."""
+    """What a file without a configuration most likely is: DINOv2 has LayerScale, DeiT its token."""
+    if any(key.endswith("embeddings.distillation_token") for key in tensors):
+        return _of_kind("deit", {})
     dinov2 = any(".layer_scale1." in key for key in tensors)
     return _of_kind("dinov2" if dinov2 else "vit", {})
 
 
 def _of_kind(kind: str, config: dict) -> dict:
-    """In what ViT and DINOv2 differ beside their shapes."""
-    eps, normalization = (1e-12, {}) if kind == "vit" else (1e-6, IMAGENET)
+    """In what ViT, DeiT and DINOv2 differ beside their shapes."""
+    eps = 1e-6 if kind.startswith("dinov2") else 1e-12
+    normalization = {} if kind == "vit" else IMAGENET
     eps = config.get("layer_norm_eps", eps)
     return {"norm_layer": functools.partial(LayerNorm, eps=eps), **normalization}

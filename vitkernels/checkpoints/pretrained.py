@@ -22,12 +22,13 @@ SWIN = (
     r"^(backbone\.|swin\.|swinv2\.)?(encoder\.)?(layers|stages)\.\d+\.blocks\.\d+\.",
     r"^features\.\d+\.\d+\.attn\.relative_position_(index|bias_table)$",
 )
+DISTILLED = r"(^|\.)(dist_token|distillation_token|head_dist\.weight)"
 RESNET = (r"(^|\.)layer1\.0\.conv1\.weight", "a ResNet")
-_OTHERS = (
+OTHERS = (
     *((pattern, "a Swin Transformer") for pattern in SWIN),
     RESNET,
     (r"^patch_embed\.backbone\.|^conv_root", "a hybrid (ResNet stem) Vision Transformer"),
-    (r"(^|\.)(dist_token|distillation_token|head_dist\.weight)", "a distilled DeiT"),
+    (DISTILLED, "a distilled DeiT"),
     (r"^attn_pool\.", "a Vision Transformer with attention pooling"),
     (r"^blocks\.\d+\.mlp\.(fc1_g|w1)\.", "a Vision Transformer with SwiGLU in two matrices"),
     (r"^blocks\.\d+\.attns\.", "a Vision Transformer with parallel blocks"),
@@ -53,7 +54,7 @@ def vit_from_pretrained(cls, path: str | os.PathLike, **kwargs):
     config, tensors = read(path)
     if "model_type" in config:
         return huggingface.from_state(cls, LOADER, path.name, config, tensors, kwargs)
-    return _from_tensors(cls, path.name, tensors, _timm_hints(config) if config else {}, kwargs)
+    return _from_tensors(cls, path.name, tensors, timm_hints(config) if config else {}, kwargs)
 
 
 def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -81,14 +82,15 @@ def _from_tensors(cls, origin: str, tensors: dict[str, Tensor], hints: dict, ove
         elif source == "torchvision":
             state, hints = torchvision.timm_state(tensors), IMAGENET
         else:
-            state, found = _original_names(tensors)
+            state, found = original_names(tensors)
             hints = {**found, **hints}
     return build(VIT, cls, LOADER, origin, state, hints, overrides, resampling=resampling)
 
 
 def source_of(origin: str, tensors: dict[str, Tensor]) -> str:
     """timm (also the original DeiT's and DINOv2's), huggingface, torchvision or jax."""
-    refuse_others(origin, tensors, _OTHERS, "FusedViT", {"a Swin Transformer": "FusedSwin"})
+    classes = {"a Swin Transformer": "FusedSwin", "a distilled DeiT": "FusedDeiT"}
+    refuse_others(origin, tensors, OTHERS, "FusedViT", classes)
     if jax.jax_prefix(tensors) is not None:
         return "jax"
     if "conv_proj.weight" in tensors:
@@ -121,7 +123,7 @@ def _timm_name(match: re.Match) -> str:
     return ".mlp.fc1." if match[2] == "w12" else ".mlp.fc2."  # DINOv2's SwiGLU
 
 
-def _original_names(tensors: dict[str, Tensor]) -> tuple[State, dict]:
+def original_names(tensors: dict[str, Tensor]) -> tuple[State, dict]:
     """The original DeiT-3's and DINOv2's names as timm's, and what those models normalise with."""
     deit3 = any(key.endswith(".gamma_1") for key in tensors)
     hints = IMAGENET if deit3 or "mask_token" in tensors else {}
@@ -135,7 +137,7 @@ def _original_names(tensors: dict[str, Tensor]) -> tuple[State, dict]:
     return huggingface.merge_registers(state), hints
 
 
-def _timm_hints(config: dict) -> dict:
+def timm_hints(config: dict) -> dict:
     """timm's config.json: the normalisation and the model's own arguments."""
     hints = timm_normalization(config)
     if config.get("global_pool") in ("token", "avg", "max", "avgmax"):

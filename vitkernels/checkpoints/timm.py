@@ -19,7 +19,13 @@ NAME = "FusedViT"
 def vit_from_timm(cls, source: str | nn.Module, pretrained: bool = False, **kwargs):
     """A FusedViT with the settings, and copies of the parameters, of a timm VisionTransformer."""
     source = source_model(source, pretrained, kwargs)
-    model = cls(**vit_settings(source), weight_init="skip", device="meta")
+    expect(NAME, source, "VisionTransformer", "model")
+    return copied(cls, source, vit_settings(source))
+
+
+def copied(cls, source: nn.Module, settings: dict):
+    """A model of these settings with all that `source` has."""
+    model = cls(**settings, weight_init="skip", device="meta")
     copy_parameters(source, model)
     for block, theirs in zip(model.blocks, source.blocks, strict=True):
         copy_drop_paths(block, theirs)
@@ -50,7 +56,6 @@ def create_timm_model(name: str, pretrained: bool = False, **kwargs) -> nn.Modul
 
 def vit_settings(source: nn.Module) -> dict:
     """Constructor arguments that rebuild `source`; one sentence names what is not supported."""
-    expect(NAME, source, "VisionTransformer", "model")
     expect(NAME, source.patch_embed, "PatchEmbed", "patch_embed")
     if source.attn_pool is not None:
         refuse(NAME, "attention pooling (global_pool='map' or 'prr')")

@@ -57,7 +57,7 @@ def settings_from_shapes(loader: str, origin: str, state: State, known: dict) ->
         settings["norm_layer"] = functools.partial(LayerNorm, eps=1e-5)
     if "num_heads" not in known:
         settings["num_heads"] = _heads(loader, origin, state, width)
-    prefix = int(class_token is not None) + reg_tokens
+    prefix = int(class_token is not None) + reg_tokens + int("dist_token" in state)
     positions = state["pos_embed"].shape[1] if "pos_embed" in state else 0
     class_positions = _class_positions(positions, prefix, tuple(patch), known)
     if positions and "img_size" not in known:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ..models import FusedSwin, FusedViT
+from ..models import FusedDeiT, FusedSwin, FusedViT
+from ..models.deit_names import DEIT_NAMES
 from ..models.loaders import SIZES
 from ..models.swin_names import S3_SIZES, SWIN_SIZES, swin_settings
 
@@ -30,7 +31,7 @@ class Family:
 
 def family_of(model: nn.Module) -> Family:
     """The family of a model of ours, or of one of timm's; of an unknown one the first."""
-    for family in FAMILIES:
+    for family in reversed(FAMILIES):  # a FusedDeiT is a FusedViT, too
         if isinstance(model, family.model) or re.fullmatch(family.of_timm, type(model).__name__):
             return family
     return FAMILIES[0]
@@ -43,12 +44,13 @@ def plain_family(name: str) -> Family | None:
 
 def family_of_weights(path: Path) -> Family:
     """The family of a checkpoint, by its names; of others the first, which says what they are."""
-    from ..checkpoints.pretrained import SWIN, read
+    from ..checkpoints.pretrained import DISTILLED, SWIN, read
 
     with contextlib.suppress(ValueError, OSError, ImportError):  # the loader says it, too
         names = read(path)[1]
-        if any(re.search(pattern, name) for pattern in SWIN for name in names):
-            return next(family for family in FAMILIES if family.model is FusedSwin)
+        for model, patterns in ((FusedSwin, SWIN), (FusedDeiT, (DISTILLED,))):
+            if any(re.search(pattern, name) for pattern in patterns for name in names):
+                return next(family for family in FAMILIES if family.model is model)
     return FAMILIES[0]
 
 
@@ -68,6 +70,10 @@ def _shape_of_vit(model: FusedViT) -> tuple[tuple[str, object], ...]:
         ("the MLP's width", model.blocks[0].mlp.fc1.out_features),
         ("the number of register tokens", model.num_reg_tokens),
     )
+
+
+def _shape_of_deit(model: FusedDeiT) -> tuple[tuple[str, object], ...]:
+    return (*_shape_of_vit(model), ("the number of distillation tokens", int(model.distilled)))
 
 
 def _by(size: tuple[int, int]) -> str:
@@ -131,5 +137,14 @@ FAMILIES = (
         ),
         shape=_shape_of_swin,
         unwritten=_unwritten_of_swin,
+    ),
+    Family(
+        title="DeiT",
+        model=FusedDeiT,
+        of_timm=r"VisionTransformerDistilled",
+        plain=DEIT_NAMES.__contains__,
+        common=DEIT_NAMES,
+        shape=_shape_of_deit,
+        unwritten=lambda model: {"num_heads": model.blocks[0].attn.num_heads},
     ),
 )

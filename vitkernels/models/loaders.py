@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from .deit_names import deit_settings
 from .swin_names import swin_settings
 
 # name: (embed_dim, depth, num_heads, mlp_ratio)
@@ -88,6 +89,44 @@ class ViTLoaders(Loaders):
         keys = ("embed_dim", "depth", "num_heads", "mlp_ratio")
         size = dict(zip(keys, SIZES[match[1]], strict=True))
         return cls(**{"img_size": int(match[3]), "patch_size": int(match[2]), **size, **kwargs})
+
+
+class DeiTLoaders(Loaders):
+    """Class methods of FusedDeiT that make a model: see Loaders."""
+
+    @classmethod
+    def from_timm(cls, model: str | nn.Module, pretrained: bool = False, **kwargs):
+        """From a timm VisionTransformerDistilled or VisionTransformer, or the name of one:
+        deit_*, deit_*_distilled_*, deit3_* (**kwargs go to timm.create_model)."""
+        from ..checkpoints.deit import deit_from_timm
+
+        return deit_from_timm(cls, model, pretrained, **kwargs)
+
+    @classmethod
+    def from_huggingface(cls, source: str | os.PathLike | nn.Module, **kwargs):
+        """From transformers' DeiTModel, DeiTForImageClassification (one head) or
+        DeiTForImageClassificationWithTeacher (two), or from a folder with their config.json and
+        weights."""
+        from ..checkpoints.deit import deit_from_huggingface
+
+        return deit_from_huggingface(cls, source, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, **kwargs):
+        """From a local .safetensors, .pth, .pt or .bin file, or a folder with config.json.
+
+        The names in it tell whether timm, the original repository or transformers wrote it, and
+        whether there is a distillation token. What shapes do not tell is the usual: heads of 64
+        channels, eps 1e-6 (1e-12 with transformers' names), ImageNet's mean and std.
+        """
+        from ..checkpoints.deit import deit_from_pretrained
+
+        return deit_from_pretrained(cls, path, **kwargs)
+
+    @classmethod
+    def named(cls, name: str, **kwargs):
+        """With fresh weights, by timm's name: `FusedDeiT.named("deit_tiny_patch16_224")`."""
+        return cls(**{**deit_settings(name), **kwargs})
 
 
 class SwinLoaders(Loaders):

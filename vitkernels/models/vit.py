@@ -189,8 +189,8 @@ class FusedViT(ViTLoaders, IntermediateFeatures, nn.Module):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        if attn_mask is None and not is_causal and self._head_reads_row_0():
-            return self.forward_head(self._chained_features(self._embed(x), rows=1))
+        if attn_mask is None and not is_causal and self._head_reads_prefix_only():
+            return self.forward_head(self._chained_features(self._embed(x), rows=self._head_rows))
         return self.forward_head(self.forward_features(x, attn_mask, is_causal))
 
     def forward_features(
@@ -221,22 +221,33 @@ class FusedViT(ViTLoaders, IntermediateFeatures, nn.Module):
             return add_norm(pending, self.norm, pending.stream.dtype)[0]
         return self.norm(add(pending))
 
-    def _head_reads_row_0(self) -> bool:
-        """Whether the last block needs to compute the class token only, and nobody sees it."""
+    _head_rows = 1  # the tokens that a head with global_pool "token" reads
+
+    def _head_reads_prefix_only(self) -> bool:
+        """Whether the last block needs to compute those tokens only, and nobody sees it."""
         return (
             self.global_pool == "token"
             and not self.grad_checkpointing
-            and keeps(self, FusedViT, "forward_features", "forward_head", "pool")
+            and keeps(self, self._owner(), "forward_features", "forward_head", "pool")
             and chainable(self.blocks, Block)
             and skips_rows(self.blocks[-1])
             and untouched(self.norm, *TOKEN_WISE)
         )
 
+    @classmethod
+    def _owner(cls) -> type:
+        """The class whose methods the fused forward knows: a user's subclass has its own."""
+        return FusedViT
+
+    def _prefix(self) -> list[nn.Parameter]:
+        """The tokens before the patches."""
+        return [token for token in (self.cls_token, self.reg_token) if token is not None]
+
     def _embed(self, x: Tensor) -> Tensor:
         """Images -> tokens that enter the first block."""
         if not self._embeds_in_one_call(x):
             return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = self._prefix()
         pos_embed = self._positions(self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:])))
         x = self.patch_embed.tokens(x, pos_embed, torch.cat(prefix, dim=1) if prefix else None)
         return self.norm_pre(self.patch_drop(x if pos_embed is None else self.pos_drop(x)))
@@ -248,7 +259,8 @@ class FusedViT(ViTLoaders, IntermediateFeatures, nn.Module):
             and self.patch_embed.in_one_call()
             and untouched(self.patch_embed.norm, nn.Identity)
             and keeps(self, FusedViT, "_pos_embed")
-            and plain(self.cls_token, self.reg_token, self.pos_embed)
+            and keeps(self, self._owner(), "_prefix")
+            and plain(*self._prefix(), self.pos_embed)
             and autocast_dtype(x.device) is None
         )
 
@@ -256,7 +268,7 @@ class FusedViT(ViTLoaders, IntermediateFeatures, nn.Module):
         """Class and register tokens before the patches; position on all, or on patches only."""
         B, grid = x.shape[0], x.shape[1:-1]
         x = x.flatten(1, -2)
-        prefix = [t.expand(B, -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        prefix = [token.expand(B, -1, -1) for token in self._prefix()]
         if self.pos_embed is None:
             return torch.cat([*prefix, x], dim=1)
         pos_embed = self._positions(grid)

@@ -3,6 +3,7 @@
 from .attention import Attention
 from .block import Block
 from .classifier_head import ClassifierHead
+from .distillation_loss import DistillationLoss
 from .drop_path import DropPath
 from .glu_mlp import GluMlp
 from .layer_norm import LayerNorm
@@ -24,6 +25,7 @@ __all__ = [
     "Attention",
     "Block",
     "ClassifierHead",
+    "DistillationLoss",
     "DropPath",
     "GELUTanh",
     "GluMlp",

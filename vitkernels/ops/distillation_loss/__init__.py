@@ -1,0 +1,3 @@
+from .op import BACKENDS, distillation_loss
+
+__all__ = ["BACKENDS", "distillation_loss"]
