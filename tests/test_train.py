@@ -304,3 +304,52 @@ def test_options_train(tmp_path, capsys, options):
     assert status == 0, err
     rows = json.loads((out / "log.json").read_text())
     assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+
+
+# --- distillation ---------------------------------------------------------------------------------
+
+
+def test_a_study_trains_teacher_and_students_and_reports(tmp_path, capsys):
+    out = tmp_path / "study"
+    arguments = (*TINY, "--epochs", "1", "--teacher", "cnn", "--teacher-epochs", "1")
+    status, said, err = train(capsys, *arguments, "--compare-seeds", "2", "--out", out)
+    assert status == 0, err
+    report = json.loads((out / "report.json").read_text())
+    assert [r["seed"] for r in report["runs"]] == [0, 1]
+    for r in report["runs"]:
+        for way in ("alone", "taught"):
+            rows = json.loads((out / f"seed-{r['seed']}-{way}" / "log.json").read_text())
+            assert rows[-1]["val_accuracy"] == r[way]
+        assert r["difference"] == r["taught"] - r["alone"]
+        loads = [weights(out / f"seed-{r['seed']}-{way}") for way in ("alone", "taught")]
+        assert any(not torch.equal(loads[0][k], loads[1][k]) for k in loads[0])
+    assert report["teacher"]["accuracy"] > 0.25
+    assert "over all seeds" in said and "over all seeds" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize("student", ["deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"])
+def test_a_checkpoint_teaches_and_the_run_goes_on(tmp_path, capsys, student):
+    """The teacher of a resumed run is the same; a distilled student trains both its heads."""
+    teacher, whole, halted = tmp_path / "teacher", tmp_path / "whole", tmp_path / "halted"
+    assert train(capsys, *TINY, "--epochs", "2", "--out", teacher)[0] == 0
+    arguments = list(TINY)
+    arguments[3:5] = [student, "--model-kwargs", "img_size=8", "patch_size=4"]
+    arguments += ["--epochs", "3", "--teacher", teacher, "--distill", "hard"]
+    assert train(capsys, *arguments, "--out", whole)[0] == 0
+    assert train(capsys, *arguments, "--out", halted)[0] == 0
+    (halted / "last.json").write_text(json.dumps({"checkpoint": "checkpoints/epoch-0002"}))
+    assert train(capsys, "--resume", halted)[0] == 0
+    assert same(whole, halted)
+    if "distilled" in student:
+        moments = torch.load(last(whole) / "state.pt", weights_only=True)["moments"]
+        assert moments["head_dist.weight"]["exp_avg"].abs().max() > 0
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path, capsys):
+    model = FusedViT(img_size=8, patch_size=4, in_chans=1, num_classes=3, embed_dim=64, depth=1,
+                     num_heads=1)  # fmt: skip
+    torch.save(model.state_dict(), tmp_path / "three.pth")
+    arguments = (*TINY, "--teacher", tmp_path / "three.pth", "--out", tmp_path / "run")
+    status, _, err = train(capsys, *arguments)
+    assert status == 2 and "has 3 classes, the data have 10" in err
+    assert not (tmp_path / "run").exists()

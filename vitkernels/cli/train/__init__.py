@@ -133,6 +133,7 @@ def prepare(o: Options):
     import torch
 
     from .. import naming
+    from ..families import plain_family
     from ..images import Preprocessing
     from .checkpoint import seed_everything
     from .data import open_digits, open_folder
@@ -146,6 +147,8 @@ def prepare(o: Options):
         if o.image_size is not None:
             raise UsageError("--image-size: the digits have 8x8 pixels")
         settings.setdefault("img_size", 8)
+        if plain_family(name) is not None:  # the usual ones may be of three channels
+            settings |= {"mean": data.mean, "std": data.std}
     else:
         how = Preprocessing((1, 1))
         data = open_folder(o, how)
@@ -174,7 +177,8 @@ def prepare(o: Options):
     if not digits:
         for part in (data.train, data.held_out):
             part.how = dataclasses.replace(part.how, size=size, mean=data.mean, std=data.std)
-    saved = {k: v for k, v in settings.items() if k not in ("num_classes", "drop_path_rate")}
+    apart = ("num_classes", "drop_path_rate", "mean", "std")
+    saved = {key: value for key, value in settings.items() if key not in apart}
     config = {
         "architecture": name,
         "num_classes": len(data.classes),
