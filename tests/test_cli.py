@@ -142,7 +142,11 @@ def test_quick_demo_writes_the_whole_report(tmp_path):
     rows = json.loads((out / "timings.json").read_text())
     assert {(row["model"], row["dtype"], row["contender"]) for row in rows} >= {
         (model, dtype, contender)
-        for model in ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224")
+        for model in (
+            "vit_tiny_patch16_224",
+            "deit_tiny_distilled_patch16_224",
+            "swin_tiny_patch4_window7_224",
+        )
         for dtype in ("fp32", "bf16")
         for contender in ("fused", "stock PyTorch")
     }

@@ -153,6 +153,8 @@ PUBLISHED = {
     "vit_small_patch16_224": (4.61, 11.95, 22.05),
     "vit_base_patch16_224": (17.58, 23.9, 86.57),
     "vit_small_patch32_224": (1.15, 2.5, 22.88),
+    "deit_tiny_distilled_patch16_224": (1.27, 6.01, 5.91),
+    "deit3_small_patch16_224": (4.61, 11.95, 22.06),
     "swin_tiny_patch4_window7_224": (4.51, 17.06, 28.29),
     "swin_base_patch4_window12_384": (47.19, 134.78, 87.9),
     "swin_s3_tiny_224": (4.64, 19.13, 28.33),

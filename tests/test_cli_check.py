@@ -17,6 +17,7 @@ NAMES = {
     "vit_tiny_patch16_224": [],
     "vit_small_patch14_reg4_dinov2": ["--image-size", "28"],  # LayerScale and registers
     "deit3_small_patch16_224": [],  # no position on the class token
+    "deit_tiny_distilled_patch16_224": [],  # two heads
     "vit_xsmall_patch16_clip_224": ["--dtype", "float32"],  # pre-norm
 }
 

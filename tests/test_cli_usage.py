@@ -229,7 +229,7 @@ def test_unknown_model_without_timm_names_ours(capsys, monkeypatch, place):
     from vitkernels.cli import naming
 
     monkeypatch.setattr(naming, "import_timm", lambda: None)
-    words = "attention-map good.png --out a.png --model deit_base_patch16_224"
+    words = "attention-map good.png --out a.png --model vit_base_patch16_xp_224"
     status, _, err = run(capsys, *words.split())
     assert status == 2 and "vit_base_patch16_224" in err and "timm, which knows more" in err
 

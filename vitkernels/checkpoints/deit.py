@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from . import huggingface, timm
-from .build import IMAGENET, Family, State, build, one_sentence
+from .build import Family, State, build, need, one_sentence
 from .pretrained import DISTILLED, LOADER, OTHERS, original_names, read, refuse_others, timm_hints
 from .vit_shapes import fit_sizes, settings_from_shapes
 
@@ -18,6 +18,8 @@ _OTHERS = tuple((pattern, what) for pattern, what in OTHERS if pattern != DISTIL
 
 
 def deit_settings_from_shapes(loader: str, origin: str, state: State, known: dict) -> dict:
+    if "dist_token" in state:
+        need(loader, origin, state, "cls_token", 3, NAME)
     settings = settings_from_shapes(loader, origin, state, known)
     one_head = "head.weight" in state and "head_dist.weight" not in state
     return {**settings, "distilled": "dist_token" in state, "dist_head": not one_head}
@@ -55,7 +57,7 @@ def deit_from_pretrained(cls, path: str | os.PathLike, **kwargs):
         return _from_state(cls, LOADER, path.name, {}, tensors, kwargs)
     with one_sentence(LOADER, path.name, NAME):
         state, hints = original_names(tensors)
-    hints = {**IMAGENET, **hints, **(timm_hints(config) if config else {})}
+    hints = {**hints, **(timm_hints(config) if config else {})}
     return build(DEIT, cls, LOADER, path.name, state, hints, kwargs)
 
 

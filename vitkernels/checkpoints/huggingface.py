@@ -238,6 +238,6 @@ def _default_hints(tensors: dict[str, Tensor]) -> dict:
 def _of_kind(kind: str, config: dict) -> dict:
     """In what ViT, DeiT and DINOv2 differ beside their shapes."""
     eps = 1e-6 if kind.startswith("dinov2") else 1e-12
-    normalization = {} if kind == "vit" else IMAGENET
+    normalization = IMAGENET if kind.startswith("dinov2") else {}
     eps = config.get("layer_norm_eps", eps)
     return {"norm_layer": functools.partial(LayerNorm, eps=eps), **normalization}

@@ -40,7 +40,8 @@ class FusedDeiT(DeiTLoaders, FusedViT):
             if not isinstance(flag, bool):
                 raise TypeError(f"FusedDeiT: {name} must be True or False, got {flag!r}")
         weight_init = kwargs.pop("weight_init", "")
-        super().__init__(*args, **{**IMAGENET, **kwargs}, weight_init="skip")
+        in_chans = args[2] if len(args) > 2 else kwargs.get("in_chans", 3)
+        super().__init__(*args, **{**_imagenet(in_chans), **kwargs}, weight_init="skip")
         where = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         self.distilled, self.dist_head = distilled, distilled and dist_head
         self.distilled_training = False
@@ -139,3 +140,10 @@ class FusedDeiT(DeiTLoaders, FusedViT):
             head = self._make_head(device=some.device, dtype=some.dtype)
             self.head_dist = head.train(self.training)
         return None
+
+
+def _imagenet(in_chans: int) -> dict:
+    """Mean and std of ImageNet's channels; of another number of them their averages, as timm."""
+    if in_chans == 3:
+        return IMAGENET
+    return {name: sum(values) / len(values) for name, values in IMAGENET.items()}

@@ -17,7 +17,7 @@ class Cost:
 
 
 def cost_of(model: nn.Module) -> Cost:
-    """Of a FusedViT or a FusedSwin, at its own image size."""
+    """Of a FusedViT, FusedDeiT or FusedSwin, at its own image size."""
     macs, activations = _of_swin(model) if hasattr(model, "layers") else _of_vit(model)
     return Cost(macs, activations, sum(parameter.numel() for parameter in model.parameters()))
 
@@ -31,7 +31,7 @@ def _of_vit(model: nn.Module) -> tuple[int, int]:
         of_block = _of_block(block, N, N)
         macs, activations = macs + of_block[0], activations + of_block[1]
     norms = sum(isinstance(module, nn.LayerNorm) for module in model.modules())
-    of_head = _of_linears((model.head,), 1)
+    of_head = _of_linears((model.head, getattr(model, "head_dist", None)), 1)
     return macs + of_head[0] + 5 * norms * N * C, activations + of_head[1]
 
 

@@ -19,7 +19,11 @@ class Plan:
     epochs: int = 48
     peak_lr: float = 3e-3
     agreement_steps: int = 50
-    models: tuple[str, ...] = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224")
+    models: tuple[str, ...] = (
+        "vit_small_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+        "swin_tiny_patch4_window7_224",
+    )
     batch: int = 8
     rounds: int = 20
     budget_s: float = 4.0  # for each model and dtype
@@ -29,7 +33,11 @@ FULL = Plan()
 QUICK = Plan(
     epochs=3,
     agreement_steps=10,
-    models=("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"),
+    models=(
+        "vit_tiny_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+        "swin_tiny_patch4_window7_224",
+    ),
     batch=2,
     rounds=2,
 )

@@ -111,7 +111,7 @@ the reference in fp32 and in float64.
 
 ## Photographs
 
-{" and ".join(photos["models"])}, random weights, batch {photos["batch"]},
+{", ".join(photos["models"])}, random weights, batch {photos["batch"]},
 CPU threads: {photos["threads"]}; best of alternating rounds. Peak MiB is what torch's allocator
 held during the call beyond the model and its input (on CPU from the profiler's events; what oneDNN
 takes by malloc is not in it). Differences are of the logits, against float64 with the same weights,
