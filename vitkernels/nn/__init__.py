@@ -4,6 +4,8 @@ from .attention import Attention
 from .block import Block
 from .classifier_head import ClassifierHead
 from .drop_path import DropPath
+from .encoder import Encoder
+from .encoder_block import EncoderBlock
 from .glu_mlp import GluMlp
 from .layer_norm import LayerNorm
 from .layer_scale import LayerScale
@@ -14,6 +16,7 @@ from .patch_embed import PatchEmbed
 from .patch_merging import PatchMerging, PatchMergingV2
 from .pending import Pending
 from .res_post_block import ResPostBlock
+from .self_attention import SelfAttention
 from .swin_block import SwinBlock
 from .swin_stage import SwinStage
 from .swin_v2_block import SwinV2Block
@@ -25,6 +28,8 @@ __all__ = [
     "Block",
     "ClassifierHead",
     "DropPath",
+    "Encoder",
+    "EncoderBlock",
     "GELUTanh",
     "GluMlp",
     "LayerNorm",
@@ -38,6 +43,7 @@ __all__ = [
     "Pending",
     "QuickGELU",
     "ResPostBlock",
+    "SelfAttention",
     "SwinBlock",
     "SwinStage",
     "SwinV2Block",
