@@ -4,12 +4,20 @@ from . import ops
 from ._dispatch import available_backends, use_backend
 from ._version import __version__
 
-__all__ = ["FusedSwin", "FusedViT", "__version__", "available_backends", "ops", "use_backend"]
+__all__ = [
+    "FusedHybridViT",
+    "FusedSwin",
+    "FusedViT",
+    "__version__",
+    "available_backends",
+    "ops",
+    "use_backend",
+]
 
 
 def __getattr__(name: str):
     """The models are imported at first use, to keep the import of the operators short."""
-    if name in ("FusedSwin", "FusedViT"):
+    if name in ("FusedHybridViT", "FusedSwin", "FusedViT"):
         from . import models
 
         return getattr(models, name)

@@ -20,7 +20,7 @@ from .vit_shapes import VIT
 
 MODELS = ("vit", "dinov2", "dinov2_with_registers")
 SWIN_MODELS = ("swin", "swinv2")
-KINDS = {"FusedViT": MODELS, "FusedSwin": SWIN_MODELS}
+KINDS = {"FusedViT": MODELS, "FusedSwin": SWIN_MODELS, "FusedHybridViT": ("vit-hybrid",)}
 ACTIVATIONS = {
     "gelu": nn.GELU,
     "gelu_python": nn.GELU,
