@@ -57,7 +57,7 @@ def _resnet(backbone: nn.Module) -> nn.Module | None:
 
 
 def _structure(backbone: nn.Module) -> dict[str, tuple]:
-    """What each module computes, by name, without those that do nothing."""
+    """What each module computes, by name, without those that do nothing; each eps is copied."""
     return {
         name: _told(module)
         for name, module in backbone.named_modules()
@@ -79,7 +79,7 @@ def _told(module: nn.Module) -> tuple:
         margin = module.padding
         return (
             kind, tuple(module.weight.shape), module.stride, margin, module.dilation,
-            module.groups, same, getattr(module, "eps", None), module.bias is None,
+            module.groups, same, hasattr(module, "eps"), module.bias is None,
         )  # fmt: skip
     if isinstance(module, nn.GroupNorm):
         return kind, module.num_channels, module.num_groups, module.affine
