@@ -118,7 +118,7 @@ def test_gradients_are_not_taken_of_what_is_kept(standardized):
 
 
 def _optimizer(cls, forward=False, **settings):
-    """A step in evaluation mode; without a forward the weight's version alone tells of it."""
+    """A step in evaluation mode, without a forward that would forget what was kept."""
 
     def step(conv):
         optimizer = cls(conv.parameters(), lr=0.1, **settings)
@@ -129,6 +129,25 @@ def _optimizer(cls, forward=False, **settings):
         optimizer.step()
 
     return step
+
+
+class ByData(torch.optim.Optimizer):
+    """As some optimizers outside of torch write."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(parameter.grad, alpha=-group["lr"])
+
+
+def _compiled_step(conv):
+    optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
+    conv.weight.grad = torch.randn_like(conv.weight)
+    torch._dynamo.reset()
+    torch.compile(optimizer.step, backend="aot_eager")()
 
 
 def _in_place(conv):
@@ -194,6 +213,8 @@ CHANGES = {
     "AdamW": _optimizer(torch.optim.AdamW),
     "AdamW foreach": _optimizer(torch.optim.AdamW, foreach=True),
     "AdamW fused": _optimizer(torch.optim.AdamW, fused=True),
+    "by .data": _optimizer(ByData),
+    "a compiled step": _compiled_step,
     "a step after a forward": _optimizer(torch.optim.SGD, forward=True),
     "load_state_dict": lambda c: c.load_state_dict({"weight": torch.randn_like(c.weight)}),
     "load_state_dict assign": lambda c: c.load_state_dict(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .._dispatch import autocast_dtype
+from ..ops import linear
 from .same_padding import pad_same
+from .watched import plain
 
 
 def standardize(weight: Tensor, eps: float) -> Tensor:
@@ -25,16 +29,32 @@ class _Kept(NamedTuple):
     parameter: nn.Parameter
     memory: Tensor
     version: int
+    steps: int
     eps: float
     weight: Tensor
+
+
+# Of all optimizers since the first weight was kept: fused ones do not count up a weight's version,
+# nor do those that write through .data.
+_steps = [0]
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_count_step)
+
+
+def _count_step(*_) -> None:
+    if not torch.compiler.is_compiling():  # a compiled step counts the version up
+        _steps[0] += 1
 
 
 class StdConv2d(nn.Conv2d):
     """Conv2d on the standardised weight; padding "same" (TensorFlow's, JAX's) or "symmetric".
 
     In evaluation, without a gradient of the weight, the standardised weight is made once and made
-    anew when the weight changes: by an in-place step, load_state_dict, .to() or another Parameter.
-    train() and eval() forget it, too: they follow writes through .data, which leave no trace.
+    anew when the weight changes: in place, by an optimizer, load_state_dict, .to() or as another
+    Parameter. train() and eval() forget it, too: what writes through .data leaves no trace.
     """
 
     def __init__(
@@ -61,10 +81,24 @@ class StdConv2d(nn.Conv2d):
         self.register_load_state_dict_post_hook(StdConv2d._forget)
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.standardized_weight(x.device)
+        if self._is_product(x, weight):
+            rows = x[..., :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)
+            return linear(rows, weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         if self.same_pad:
             x = pad_same(x, self.kernel_size, self.stride)
-        weight = self.standardized_weight(x.device)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+    def _is_product(self, x: Tensor, weight: Tensor) -> bool:
+        """1 x 1 in fp32 on a CPU: R50's map of 224 pixels takes 0.70 of the time of stock
+        convolutions, a training step 0.86 (Zen 5); in 16 bits there is nothing to gain."""
+        return (
+            self.kernel_size == (1, 1)
+            and x.device.type == "cpu"
+            and x.dtype == weight.dtype == torch.float32
+            and autocast_dtype(x.device) is None
+            and plain(x, weight)
+        )
 
     def standardized_weight(self, device: torch.device) -> Tensor:
         """In the weight's dtype, or in autocast's where it was kept in that."""
@@ -77,7 +111,7 @@ class StdConv2d(nn.Conv2d):
         if (
             kept is not None
             and kept.parameter is weight
-            and kept.version == weight._version
+            and (kept.version, kept.steps) == (weight._version, _steps[0])
             and kept.memory.data_ptr() == weight.data_ptr()
             and (kept.eps, kept.weight.dtype) == (self.eps, dtype)
         ):
@@ -85,7 +119,9 @@ class StdConv2d(nn.Conv2d):
         with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, for any later call
             made = standardize(weight, self.eps).to(dtype)
         if type(made) is Tensor:  # a FakeTensor mode may be on
-            self._kept = _Kept(weight, weight.detach(), weight._version, self.eps, made)
+            _watch_optimizers()
+            memory = weight.detach()
+            self._kept = _Kept(weight, memory, weight._version, _steps[0], self.eps, made)
         return made
 
     def _may_keep(self, weight: Tensor) -> bool:
