@@ -6,6 +6,7 @@ from ._version import __version__
 
 __all__ = [
     "FusedDeiT",
+    "FusedHybridViT",
     "FusedSwin",
     "FusedViT",
     "__version__",
@@ -17,7 +18,7 @@ __all__ = [
 
 def __getattr__(name: str):
     """The models are imported at first use, to keep the import of the operators short."""
-    if name in ("FusedDeiT", "FusedSwin", "FusedViT"):
+    if name in ("FusedDeiT", "FusedHybridViT", "FusedSwin", "FusedViT"):
         from . import models
 
         return getattr(models, name)

@@ -100,8 +100,8 @@ def check_fit(loader: str, origin: str, model: nn.Module, state: State, name: st
     ]
     whole_numbers = [
         f"{key} is {got.dtype} where a floating dtype is expected"
-        for key, got, _ in both
-        if not got.is_floating_point()
+        for key, got, value in both
+        if value.is_floating_point() and not got.is_floating_point()
     ]
     problems = [
         _list("missing ", [key for key in expected if key not in state]),

@@ -21,7 +21,12 @@ from .vit_shapes import VIT
 MODELS = ("vit", "dinov2", "dinov2_with_registers")
 DEIT_MODELS = ("deit",)
 SWIN_MODELS = ("swin", "swinv2")
-KINDS = {"FusedViT": MODELS, "FusedDeiT": DEIT_MODELS, "FusedSwin": SWIN_MODELS}
+KINDS = {
+    "FusedViT": MODELS,
+    "FusedDeiT": DEIT_MODELS,
+    "FusedSwin": SWIN_MODELS,
+    "FusedHybridViT": ("vit-hybrid",),
+}
 ACTIVATIONS = {
     "gelu": nn.GELU,
     "gelu_python": nn.GELU,

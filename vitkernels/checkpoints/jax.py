@@ -16,13 +16,15 @@ def jax_prefix(keys) -> str | None:
     return next((prefix for prefix in PREFIXES if f"{prefix}{PATCH_KERNEL}" in keys), None)
 
 
-def timm_state(loader: str, origin: str, arrays: dict[str, Tensor]) -> tuple[dict, dict]:
+def timm_state(
+    loader: str, origin: str, arrays: dict[str, Tensor], name: str = "FusedViT"
+) -> tuple[dict, dict]:
     """(state with timm's names, hints): kernels are (in, out), convolutions HWIO, heads apart."""
     prefix = jax_prefix(arrays) or ""
     arrays = {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
     for part, what in (("MAPHead_0/probe", "attention pooling"), ("conv_root/kernel", "a hybrid")):
         if part in arrays:
-            raise ValueError(f"{loader}: {origin} has {what}, which FusedViT does not support")
+            raise ValueError(f"{loader}: {origin} has {what}, which {name} does not support")
     scanned = "Transformer/encoderblock/LayerNorm_0/scale" in arrays
     big_vision = scanned or prefix.startswith("params/") or "pos_embedding" in arrays
     positions = "pos_embedding" if big_vision else "Transformer/posembed_input/pos_embedding"
@@ -31,7 +33,7 @@ def timm_state(loader: str, origin: str, arrays: dict[str, Tensor]) -> tuple[dic
 
     def get(key: str) -> Tensor:
         if key not in arrays:
-            raise ValueError(f"{loader}: {origin} does not fit FusedViT: missing {key}")
+            raise ValueError(f"{loader}: {origin} does not fit {name}: missing {key}")
         unread.discard(key)
         return arrays[key]
 
@@ -59,10 +61,10 @@ def timm_state(loader: str, origin: str, arrays: dict[str, Tensor]) -> tuple[dic
         state |= {f"blocks.{i}.{key}": tensor for key, tensor in _block(one, big_vision).items()}
     heads = {} if depth == 0 else {"num_heads": get(_any_query(arrays)).shape[-2]}
     layers = sorted(key for key in unread if key.startswith("pre_logits/"))
-    warn_of_ignored(loader, layers, "layer before the head")  # as timm
+    warn_of_ignored(loader, layers, "layer before the head", name)  # as timm
     if others := sorted(unread.difference(layers)):
         some = f"{', '.join(others[:3])}{' ...' if len(others) > 3 else ''}"
-        raise ValueError(f"{loader}: {origin} does not fit FusedViT: not expected: {some}")
+        raise ValueError(f"{loader}: {origin} does not fit {name}: not expected: {some}")
     return state, heads
 
 

@@ -23,17 +23,24 @@ SWIN = (
     r"^features\.\d+\.\d+\.attn\.relative_position_(index|bias_table)$",
 )
 DISTILLED = r"(^|\.)(dist_token|distillation_token|head_dist\.weight)"
+HYBRID = r"^patch_embed\.backbone\.|conv_root/kernel$|\.patch_embeddings\.backbone\."
+HYBRID_VIT = "a hybrid (ResNet stem) Vision Transformer"
 RESNET = (r"(^|\.)layer1\.0\.conv1\.weight", "a ResNet")
 OTHERS = (
     *((pattern, "a Swin Transformer") for pattern in SWIN),
     RESNET,
-    (r"^patch_embed\.backbone\.|^conv_root", "a hybrid (ResNet stem) Vision Transformer"),
+    (HYBRID, HYBRID_VIT),
     (DISTILLED, "a distilled DeiT"),
     (r"^attn_pool\.", "a Vision Transformer with attention pooling"),
     (r"^blocks\.\d+\.mlp\.(fc1_g|w1)\.", "a Vision Transformer with SwiGLU in two matrices"),
     (r"^blocks\.\d+\.attns\.", "a Vision Transformer with parallel blocks"),
     (r"^visual\.(class_embedding|trunk\.)", "a CLIP model (its image tower is FusedViT's part)"),
 )
+_CLASSES = {
+    "a Swin Transformer": "FusedSwin",
+    "a distilled DeiT": "FusedDeiT",
+    HYBRID_VIT: "FusedHybridViT",
+}
 
 # What the names of timm's architectures say where shapes do not tell it.
 _ARCHITECTURES = (
@@ -89,8 +96,7 @@ def _from_tensors(cls, origin: str, tensors: dict[str, Tensor], hints: dict, ove
 
 def source_of(origin: str, tensors: dict[str, Tensor]) -> str:
     """timm (also the original DeiT's and DINOv2's), huggingface, torchvision or jax."""
-    classes = {"a Swin Transformer": "FusedSwin", "a distilled DeiT": "FusedDeiT"}
-    refuse_others(origin, tensors, OTHERS, "FusedViT", classes)
+    refuse_others(origin, tensors, OTHERS, "FusedViT", _CLASSES)
     if jax.jax_prefix(tensors) is not None:
         return "jax"
     if "conv_proj.weight" in tensors:

@@ -54,27 +54,27 @@ def create_timm_model(name: str, pretrained: bool = False, **kwargs) -> nn.Modul
     return timm.create_model(name, pretrained=pretrained, **kwargs)
 
 
-def vit_settings(source: nn.Module) -> dict:
+def vit_settings(source: nn.Module, name: str = NAME, embed_class: str = "PatchEmbed") -> dict:
     """Constructor arguments that rebuild `source`; one sentence names what is not supported."""
-    expect(NAME, source.patch_embed, "PatchEmbed", "patch_embed")
+    expect(name, source.patch_embed, embed_class, "patch_embed")
     if source.attn_pool is not None:
-        refuse(NAME, "attention pooling (global_pool='map' or 'prr')")
+        refuse(name, "attention pooling (global_pool='map' or 'prr')")
     for block in source.blocks:
-        expect(NAME, block, "Block", "block", "ResPostBlock")
-        expect(NAME, block.attn, "Attention", "attention")
-        expect(NAME, block.mlp, "Mlp", "MLP", "GluMlp")
+        expect(name, block, "Block", "block", "ResPostBlock")
+        expect(name, block.attn, "Attention", "attention")
+        expect(name, block.mlp, "Mlp", "MLP", "GluMlp")
     block, embed = source.blocks[0], source.patch_embed
     if any(_shared_settings(other) != _shared_settings(block) for other in source.blocks):
-        refuse(NAME, "a model whose blocks differ in heads, activation or class")
+        refuse(name, "a model whose blocks differ in heads, activation or class")
     if getattr(block.attn, "gate", None) is not None:
-        refuse(NAME, "gated attention")
+        refuse(name, "gated attention")
     if embed.img_size is None:
-        refuse(NAME, "a patch embedding without img_size")
+        refuse(name, "a patch embedding without img_size")
     pos_embed, after_pool = source.pos_embed, not isinstance(source.fc_norm, nn.Identity)
     return {
         "img_size": embed.img_size,
         "patch_size": embed.patch_size,
-        "in_chans": embed.proj.in_channels,
+        "in_chans": _in_chans(embed),
         "num_classes": source.num_classes,
         "global_pool": source.global_pool,
         "embed_dim": source.embed_dim,
@@ -103,8 +103,8 @@ def vit_settings(source: nn.Module) -> dict:
         "patch_drop_rate": getattr(source.patch_drop, "prob", 0.0),
         "proj_drop_rate": block.attn.proj_drop.p,
         "attn_drop_rate": block.attn.attn_drop.p,
-        "embed_norm_layer": norm_layer(embed.norm),
-        "norm_layer": norm_layer(block.norm1),
+        "embed_norm_layer": norm_layer(getattr(embed, "norm", nn.Identity()), name),
+        "norm_layer": norm_layer(block.norm1, name),
         "act_layer": activation(block.mlp.act),
         "mlp_layer": _mlp_layer(block.mlp),
         "block_fn": type(block).__name__,
@@ -121,10 +121,15 @@ def _shared_settings(block: nn.Module) -> tuple:
     )  # fmt: skip
 
 
+def _in_chans(embed: nn.Module) -> int:
+    """Of the images; a projection of a CNN's map has others."""
+    return embed.in_chans if hasattr(embed, "backbone") else embed.proj.in_channels
+
+
 def normalization(source: nn.Module) -> dict:
     """mean and std of timm's configuration of this model, where it has one."""
     config = getattr(source, "pretrained_cfg", None) or getattr(source, "default_cfg", None) or {}
-    in_chans = source.patch_embed.proj.in_channels
+    in_chans = _in_chans(source.patch_embed)
     found = {name: config.get(name) for name in ("mean", "std")}
     return {  # of RGB for other channels: their average
         name: values if len(values) == in_chans else sum(values) / len(values)

@@ -10,10 +10,13 @@ from pathlib import Path
 
 from torch import nn
 
-from ..models import FusedDeiT, FusedSwin, FusedViT
+from ..models import FusedDeiT, FusedHybridViT, FusedSwin, FusedViT
 from ..models.deit_names import DEIT_NAMES
+from ..models.hybrid_names import COMMON as HYBRID_NAMES
+from ..models.hybrid_names import hybrid_settings
 from ..models.loaders import SIZES
 from ..models.swin_names import S3_SIZES, SWIN_SIZES, swin_settings
+from ..nn import ResNetStem, ResNetV2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Family:
 
 def family_of(model: nn.Module) -> Family:
     """The family of a model of ours, or of one of timm's; of an unknown one the first."""
+    if type(getattr(model, "patch_embed", None)).__name__ == "HybridEmbed":
+        return _of_class(FusedHybridViT)
     for family in reversed(FAMILIES):  # a FusedDeiT is a FusedViT, too
         if isinstance(model, family.model) or re.fullmatch(family.of_timm, type(model).__name__):
             return family
@@ -44,14 +49,19 @@ def plain_family(name: str) -> Family | None:
 
 def family_of_weights(path: Path) -> Family:
     """The family of a checkpoint, by its names; of others the first, which says what they are."""
-    from ..checkpoints.pretrained import DISTILLED, SWIN, read
+    from ..checkpoints.pretrained import DISTILLED, HYBRID, SWIN, read
 
     with contextlib.suppress(ValueError, OSError, ImportError):  # the loader says it, too
         names = read(path)[1]
-        for model, patterns in ((FusedSwin, SWIN), (FusedDeiT, (DISTILLED,))):
-            if any(re.search(pattern, name) for pattern in patterns for name in names):
-                return next(family for family in FAMILIES if family.model is model)
+        patterns = ((FusedHybridViT, (HYBRID,)), (FusedSwin, SWIN), (FusedDeiT, (DISTILLED,)))
+        for model, known in patterns:
+            if any(re.search(pattern, name) for pattern in known for name in names):
+                return _of_class(model)
     return FAMILIES[0]
+
+
+def _of_class(model: type[nn.Module]) -> Family:
+    return next(family for family in FAMILIES if family.model is model)
 
 
 # --- ViT ------------------------------------------------------------------------------------------
@@ -78,6 +88,31 @@ def _shape_of_deit(model: FusedDeiT) -> tuple[tuple[str, object], ...]:
 
 def _by(size: tuple[int, int]) -> str:
     return "x".join(map(str, size))
+
+
+# --- hybrid ---------------------------------------------------------------------------------------
+
+
+def _plain_hybrid(name: str) -> bool:
+    try:
+        settings = hybrid_settings(name)
+    except ValueError:
+        return False
+    return settings["patch_size"] > 0 and settings["img_size"] > 0
+
+
+def _shape_of_hybrid(model: FusedHybridViT) -> tuple[tuple[str, object], ...]:
+    depths = getattr(model.patch_embed.backbone, "depths", ())
+    return (("the CNN", "-".join(map(str, depths)) or "a stem"), *_shape_of_vit(model))
+
+
+def _unwritten_of_hybrid(model: FusedHybridViT) -> dict:
+    """A CNN of another kind than ours is in no shape of a file."""
+    untold: dict = {"num_heads": model.blocks[0].attn.num_heads}
+    backbone = model.patch_embed.backbone
+    if not isinstance(backbone, (ResNetStem, ResNetV2)):
+        untold["backbone"] = backbone
+    return untold
 
 
 # --- Swin -----------------------------------------------------------------------------------------
@@ -123,6 +158,15 @@ FAMILIES = (
         ),
         shape=_shape_of_vit,
         unwritten=lambda model: {"num_heads": model.blocks[0].attn.num_heads},
+    ),
+    Family(
+        title="hybrid ViT",
+        model=FusedHybridViT,
+        of_timm="",  # timm's class is that of its ViT
+        plain=_plain_hybrid,
+        common=HYBRID_NAMES,
+        shape=_shape_of_hybrid,
+        unwritten=_unwritten_of_hybrid,
     ),
     Family(
         title="Swin",

@@ -33,6 +33,8 @@ def init_weights(model: nn.Module, scheme: str, *, reset: bool) -> None:
 
 def _children_first(module: nn.Module, prefix: str):
     for name, child in module.named_children():
+        if child is getattr(module, "keeps_weights_of", None):  # a backbone that was handed in
+            continue
         yield from _children_first(child, f"{prefix}{name}.")
         yield f"{prefix}{name}", child
 

@@ -107,10 +107,10 @@ class FusedViT(ViTLoaders, IntermediateFeatures, nn.Module):
         self.grad_checkpointing = False
 
         self.patch_embed = embed_layer(
-            img_size,
-            patch_size,
-            in_chans,
-            embed_dim,
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
             norm_layer=known("FusedViT", "embed_norm_layer", embed_norm_layer),
             bias=not pre_norm,
             output_fmt="NHWC" if dynamic_img_size else None,
@@ -247,17 +247,26 @@ class FusedViT(ViTLoaders, IntermediateFeatures, nn.Module):
         """Images -> tokens that enter the first block."""
         if not self._embeds_in_one_call(x):
             return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        return self._tokens(x, self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:])))
+
+    def _tokens(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches of images, or of maps, with positions and prefix tokens in one call."""
         prefix = self._prefix()
-        pos_embed = self._positions(self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:])))
+        pos_embed = self._positions(grid)
         x = self.patch_embed.tokens(x, pos_embed, torch.cat(prefix, dim=1) if prefix else None)
         return self.norm_pre(self.patch_drop(x if pos_embed is None else self.pos_drop(x)))
 
-    def _embeds_in_one_call(self, x: Tensor) -> bool:
-        """Not under autocast: there timm adds positions to the 16-bit patches in fp32."""
+    def _has_plain_embed(self) -> bool:
         return (
             untouched(self.patch_embed, PatchEmbed)
             and self.patch_embed.in_one_call()
             and untouched(self.patch_embed.norm, nn.Identity)
+        )
+
+    def _embeds_in_one_call(self, x: Tensor) -> bool:
+        """Not under autocast: there timm adds positions to the 16-bit patches in fp32."""
+        return (
+            self._has_plain_embed()
             and keeps(self, FusedViT, "_pos_embed")
             and keeps(self, self._owner(), "_prefix")
             and plain(*self._prefix(), self.pos_embed)

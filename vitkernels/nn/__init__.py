@@ -2,10 +2,15 @@
 
 from .attention import Attention
 from .block import Block
+from .bottleneck import Bottleneck
 from .classifier_head import ClassifierHead
 from .distillation_loss import DistillationLoss
 from .drop_path import DropPath
+from .encoder import Encoder
+from .encoder_block import EncoderBlock
 from .glu_mlp import GluMlp
+from .group_norm import GroupNormAct
+from .hybrid_embed import HybridEmbed
 from .layer_norm import LayerNorm
 from .layer_scale import LayerScale
 from .linear import Linear
@@ -15,6 +20,9 @@ from .patch_embed import PatchEmbed
 from .patch_merging import PatchMerging, PatchMergingV2
 from .pending import Pending
 from .res_post_block import ResPostBlock
+from .resnet_v2 import ResNetStem, ResNetV2
+from .self_attention import SelfAttention
+from .std_conv import StdConv2d
 from .swin_block import SwinBlock
 from .swin_stage import SwinStage
 from .swin_v2_block import SwinV2Block
@@ -24,11 +32,16 @@ from .windows import Windows
 __all__ = [
     "Attention",
     "Block",
+    "Bottleneck",
     "ClassifierHead",
     "DistillationLoss",
     "DropPath",
+    "Encoder",
+    "EncoderBlock",
     "GELUTanh",
     "GluMlp",
+    "GroupNormAct",
+    "HybridEmbed",
     "LayerNorm",
     "LayerScale",
     "Linear",
@@ -39,7 +52,11 @@ __all__ = [
     "PatchMergingV2",
     "Pending",
     "QuickGELU",
+    "ResNetStem",
+    "ResNetV2",
     "ResPostBlock",
+    "SelfAttention",
+    "StdConv2d",
     "SwinBlock",
     "SwinStage",
     "SwinV2Block",

@@ -9,6 +9,7 @@ from torch import nn
 from .attention import Attention
 from .block import Block
 from .glu_mlp import GluMlp
+from .hybrid_embed import HybridEmbed
 from .layer_norm import LayerNorm
 from .mlp import GELUTanh, Mlp, QuickGELU
 from .patch_embed import PatchEmbed
@@ -24,7 +25,7 @@ _KNOWN = {
         "QuickGELU": QuickGELU, "quick_gelu": QuickGELU,
         "SiLU": nn.SiLU, "silu": nn.SiLU,
     },
-    "embed_layer": {"PatchEmbed": PatchEmbed},
+    "embed_layer": {"PatchEmbed": PatchEmbed, "HybridEmbed": HybridEmbed},
     "block_fn": {"Block": Block, "ResPostBlock": ResPostBlock},
     "mlp_layer": {"Mlp": Mlp, "GluMlp": GluMlp},
     "attn_layer": {"Attention": Attention, "attn": Attention, "": Attention},

@@ -12,8 +12,9 @@ class LayerNorm(torch.nn.LayerNorm):
     """torch.nn.LayerNorm over the last dimension, timm's default eps, timm's state_dict keys.
 
     norm(x) returns a Tensor in x's dtype. norm(x, residual, gamma, row_scale) adds first and
-    returns (LayerNorm(z), z) with z = residual + row_scale[b] * gamma * x; the normalised output is
-    then in the autocast dtype, because a Linear comes next, unless out_dtype says otherwise.
+    returns (LayerNorm(z), z) with z = residual + row_scale[b] * gamma * dropout(x); the normalised
+    output is then in the autocast dtype, because a Linear comes next, unless out_dtype says
+    otherwise.
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-6, affine: bool = True, **kwargs):
@@ -26,6 +27,7 @@ class LayerNorm(torch.nn.LayerNorm):
         gamma: Tensor | None = None,
         row_scale: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
+        dropout_p: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if residual is None:
             out_dtype = x.dtype if out_dtype is None else out_dtype
@@ -37,6 +39,7 @@ class LayerNorm(torch.nn.LayerNorm):
             self.eps,
             gamma=gamma,
             row_scale=row_scale,
+            dropout_p=dropout_p,
             out_dtype=out_dtype,
         )
         return y if residual is None else (y, z)

@@ -26,10 +26,7 @@ class QuickGELU(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc1 -> act -> drop1 -> norm -> fc2 -> drop2; norm is the identity without norm_layer.
-
-    fc1 and act are one operator where nobody looks between them.
-    """
+    """fc1 -> act -> drop1 -> norm -> fc2 -> drop2; norm is the identity without norm_layer."""
 
     def __init__(
         self,
@@ -54,22 +51,21 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        approximate = self._gelu_after_fc1(x)
-        if approximate is None:
-            x = self.act(self.fc1(x))
-        else:
-            x = linear_gelu(x, self.fc1.weight, self.fc1.bias, approximate=approximate)
+        x = activated(self.fc1, self.act, x)
         return self.drop2(self.fc2(self.norm(self.drop1(x))))
 
-    def _gelu_after_fc1(self, x: Tensor) -> str | None:
-        """Which GELU fc1 may take into its product, None where both modules must be called."""
-        one_call = (
-            untouched(self.fc1, Linear)
-            and untouched(self.act, nn.GELU, GELUTanh, QuickGELU)
-            and not global_hooks()
-            and plain(x, self.fc1.weight)
-        )
-        return _approximate(self.act) if one_call else None
+
+def activated(linear: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    """act(linear(x)): one operator for a GELU, unless somebody watches one of the modules."""
+    one_call = (
+        untouched(linear, Linear)
+        and untouched(act, nn.GELU, GELUTanh, QuickGELU)
+        and not global_hooks()
+        and plain(x, linear.weight)
+    )
+    if not one_call:
+        return act(linear(x))
+    return linear_gelu(x, linear.weight, linear.bias, approximate=_approximate(act))
 
 
 def _approximate(act: nn.Module) -> str:

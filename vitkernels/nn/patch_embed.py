@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._checks import describe, fail, positive_int
 from .._dispatch import autocast_dtype
 from ..ops import patch_embed
+from .pixels import PixelNormalization
 from .resample import resample_patch_embed
 from .watched import global_hooks, plain, untouched
 
@@ -20,7 +21,7 @@ def pair(value) -> tuple[int, int]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(PixelNormalization):
     """images (B, in_chans, H, W) -> (B, H/p * W/p, embed_dim), or (B, H/p, W/p, embed_dim).
 
     flatten=False and output_fmt="NHWC" keep the grid; flatten=False alone gives NCHW. mean, std:
@@ -60,16 +61,11 @@ class PatchEmbed(nn.Module):
             in_chans, embed_dim, self.patch_size, self.patch_size, bias=bias, **where
         )
         self.norm = norm_layer(embed_dim, **where) if norm_layer else nn.Identity()
-        self._normalization = {
-            "mean": _per_channel("mean", mean, in_chans),
-            "std": _per_channel("std", std, in_chans),
-        }
-        self._renew_normalization()
-        self.register_load_state_dict_post_hook(PatchEmbed._renew_normalization)
+        self._keep_normalization(mean, std, in_chans)
 
     def _set_sizes(self, img_size, patch_size) -> None:
         """Nothing is set where one of them is wrong."""
-        img_size, patch_size = _sides("img_size", img_size), _sides("patch_size", patch_size)
+        img_size, patch_size = sides("img_size", img_size), sides("patch_size", patch_size)
         if any(s < p for s, p in zip(img_size, patch_size, strict=True)):
             fail("PatchEmbed", "img_size", f"at least patch_size = {patch_size}", img_size)
         self.img_size, self.patch_size = img_size, patch_size
@@ -97,24 +93,6 @@ class PatchEmbed(nn.Module):
             weight = resample_patch_embed(self.proj.weight.detach(), self.patch_size)
             self.proj.weight = nn.Parameter(weight, self.proj.weight.requires_grad)
             self.proj.kernel_size = self.proj.stride = self.patch_size
-
-    def set_normalization(self, mean=None, std=None) -> None:
-        """Other mean and std for uint8 images: a float, or one for each channel."""
-        for name, value in (("mean", mean), ("std", std)):
-            if value is not None:
-                self._normalization[name] = _per_channel(name, value, self.proj.in_channels)
-        self._renew_normalization()
-
-    def _renew_normalization(self, *_) -> None:
-        """mean and std as (in_chans,) fp32 buffers beside the parameters, whatever their dtype."""
-        for name, values in self._normalization.items():
-            tensor = torch.tensor(values, dtype=torch.float32, device=self._parameter().device)
-            self.register_buffer(name, tensor, persistent=False)
-
-    def _apply(self, fn, recurse: bool = True) -> PatchEmbed:
-        super()._apply(fn, recurse)
-        self._renew_normalization()  # 16 bits of a mean are too few; and never from a meta tensor
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """images: uint8, normalised here, or float, taken as normalised, in the weight's dtype."""
@@ -178,31 +156,12 @@ class PatchEmbed(nn.Module):
             return x
         return F.pad(self._normalized(x), (0, -W % pw, 0, -H % ph))  # zeros, after normalisation
 
-    def _normalized(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.uint8:
-            return x
-        dtype = self._parameter().dtype
-        x = x.to(torch.promote_types(dtype, torch.float32)) / 255
-        return ((x - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)).to(dtype)
 
-    def _parameter(self) -> Tensor:
-        return next(self.parameters())
-
-
-def _sides(name: str, value) -> tuple[int, int]:
+def sides(name: str, value, owner: str = "PatchEmbed") -> tuple[int, int]:
     """(height, width) from a positive int or a pair of them."""
-    sides = pair(value)
-    if len(sides) != 2:
-        fail("PatchEmbed", name, "one size or (height, width)", describe(value))
-    for side in sides:
-        positive_int("PatchEmbed", name, side)
-    return sides
-
-
-def _per_channel(name: str, values, in_chans: int) -> tuple[float, ...]:
-    values = (values,) * in_chans if isinstance(values, (int, float)) else tuple(values)
-    if len(values) != in_chans:
-        raise ValueError(f"PatchEmbed: {name} must be a float or {in_chans} floats, got {values}")
-    if name == "std" and not all(value > 0 for value in values):
-        raise ValueError(f"PatchEmbed: std must be above 0, got {values}")
-    return tuple(float(value) for value in values)
+    found = pair(value)
+    if len(found) != 2:
+        fail(owner, name, "one size or (height, width)", describe(value))
+    for side in found:
+        positive_int(owner, name, side)
+    return found

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one image; macs include five for each element of a LayerNorm, as fvcore counts it."""
+    """Of one image; macs include five for each element of a LayerNorm or GroupNorm, as fvcore
+    counts them."""
 
     macs: int
     activations: int  # elements that Linears, convolutions and matrix products put out
@@ -25,14 +28,39 @@ def cost_of(model: nn.Module) -> Cost:
 def _of_vit(model: nn.Module) -> tuple[int, int]:
     H, W = model.patch_embed.grid_size
     N, C = H * W + model.num_prefix_tokens, model.embed_dim
-    macs = H * W * model.patch_embed.proj.weight.numel()
-    activations = H * W * C
+    macs, activations = _of_embedding(model.patch_embed)
     for block in model.blocks:
         of_block = _of_block(block, N, N)
         macs, activations = macs + of_block[0], activations + of_block[1]
     norms = sum(isinstance(module, nn.LayerNorm) for module in model.modules())
     of_head = _of_linears((model.head, getattr(model, "head_dist", None)), 1)
     return macs + of_head[0] + 5 * norms * N * C, activations + of_head[1]
+
+
+def _of_embedding(embed: nn.Module) -> tuple[int, int]:
+    """Of the patches' projection, and of the CNN in front of it."""
+    weight = getattr(embed.proj, "weight", None)
+    macs = activations = 0
+    if weight is not None:
+        macs, activations = embed.num_patches * weight.numel(), embed.num_patches * weight.shape[0]
+    if not hasattr(embed, "backbone"):
+        return macs, activations
+    counted = {"macs": macs, "activations": activations}
+
+    def count(module: nn.Module, inputs, out: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            counted["macs"] += out.numel() * module.weight[0].numel()
+            counted["activations"] += out.numel()
+        else:
+            counted["macs"] += 5 * out.numel()
+
+    backbone = copy.deepcopy(embed.backbone).to("meta").eval()
+    for module in backbone.modules():
+        if isinstance(module, (nn.Conv2d, nn.GroupNorm)):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        backbone(torch.empty(1, embed.in_chans, *embed.img_size, device="meta"))
+    return counted["macs"], counted["activations"]
 
 
 def _of_swin(model: nn.Module) -> tuple[int, int]:
