@@ -1,4 +1,4 @@
-"""Both models under DDP, FSDP2 and tensor parallelism on two gloo processes: one's gradients."""
+"""The models under DDP, FSDP2 and tensor parallelism on two gloo processes: one's gradients."""
 
 import copy
 
@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from vitkernels import FusedHybridViT, FusedSwin, FusedViT
+from vitkernels import FusedDeiT, FusedHybridViT, FusedSwin, FusedViT
 
 RANKS = 2
 WAYS = ("ddp", "fsdp_blocks", "fsdp_blocks_checkpointing", "fsdp_whole", "tensor_parallel")
@@ -42,6 +42,7 @@ def models():
     swin = {"embed_dim": 24, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4}
     yield FusedViT(img_size=32, patch_size=8, num_classes=10, **vit)
     yield FusedHybridViT((1,), 32, 2, num_classes=10, embed_dim=48, depth=2, num_heads=3)
+    yield FusedDeiT(img_size=32, patch_size=8, num_classes=10, **{**vit, "reg_tokens": 0})
     for version in (1, 2):
         model = FusedSwin(img_size=32, patch_size=2, num_classes=10, version=version, **swin)
         yield model.eval()  # DropPath draws apart on each process

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "common/scratch.h"
 #include "common/stable.h"
 
 namespace vitkernels {
@@ -103,9 +104,10 @@ std::tuple<Tensor, OptTensor, OptTensor> distillation_loss_fwd(
   OptTensor ddistill = gradient(grad_mask[1], distill_logits, K, x.dtype, &args.ddistill);
   std::vector<double> losses(static_cast<size_t>(B));
   args.losses = losses.data();
-  torch::stable::parallel_for(
-      0, B, std::max<int64_t>(1, kGrain / K),
-      [&](int64_t begin, int64_t end) { kernels().forward(args, begin, end); });
+  const auto rows = [&](int64_t begin, int64_t end) {
+    kernels().forward(args, thread_scratch(kernels().scratch_bytes(K)), begin, end);
+  };
+  torch::stable::parallel_for(0, B, std::max<int64_t>(1, kGrain / K), rows);
   double total = 0.0;
   for (const double loss : losses) total += loss;
   Tensor loss = empty_like_shape(logits, {}, ScalarType::Float);

@@ -23,7 +23,8 @@ struct DistillationArgs {
 
 // Each function works on rows, or elements, [begin, end).
 struct DistillationTable {
-  void (*forward)(const DistillationArgs&, int64_t begin, int64_t end);
+  int64_t (*scratch_bytes)(int64_t K);  // of each thread
+  void (*forward)(const DistillationArgs&, void* scratch, int64_t begin, int64_t end);
   // out = in * factor, contiguous, of one dtype.
   void (*scale)(RowsArg in, RowsArg out, float factor, int64_t begin, int64_t end);
 };

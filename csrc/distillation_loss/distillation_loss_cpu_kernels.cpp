@@ -9,7 +9,6 @@
 #include <cmath>
 
 #include "common/cpu_softmax.h"
-#include "common/scratch.h"
 #include "distillation_loss/distillation_loss_cpu.h"
 
 namespace vitkernels {
@@ -257,20 +256,23 @@ int64_t first_largest(const T* t, int64_t K) {
 
 // ---- rows
 
+// What a row's blocks leave until its end: e of the student and the teacher, and their sums.
 struct RowMemory {
-  explicit RowMemory(int64_t K) {
-    const int64_t blocks = (K + kBlock - 1) / kBlock, floats = (K + kVec + 15) / 16 * 16;
-    char* memory =
-        static_cast<char*>(thread_scratch(2 * floats * static_cast<int64_t>(sizeof(float)) +
-                                          2 * blocks * static_cast<int64_t>(sizeof(Block))));
-    x = reinterpret_cast<float*>(memory);
-    t = x + floats;
-    student = reinterpret_cast<Block*>(t + floats);
-    teacher = student + blocks;
-  }
+  RowMemory(void* scratch, int64_t K)
+      : x(static_cast<float*>(scratch)),
+        t(x + floats(K)),
+        student(reinterpret_cast<Block*>(t + floats(K))),
+        teacher(student + blocks(K)) {}
+  static int64_t floats(int64_t K) { return (K + 15) / 16 * 16; }
+  static int64_t blocks(int64_t K) { return (K + kBlock - 1) / kBlock; }
   float *x, *t;
   Block *student, *teacher;
 };
+
+int64_t scratch_bytes(int64_t K) {
+  return 2 * (RowMemory::floats(K) * static_cast<int64_t>(sizeof(float)) +
+              RowMemory::blocks(K) * static_cast<int64_t>(sizeof(Block)));
+}
 
 template <class X>
 X* gradient_row(const RowsArg& arg, int64_t row) {
@@ -315,8 +317,8 @@ double distill_loss(const DistillationArgs& args, int64_t row, const RowMemory& 
   return 0.0;
 }
 
-void forward(const DistillationArgs& args, int64_t begin, int64_t end) {
-  const RowMemory memory(args.K);
+void forward(const DistillationArgs& args, void* scratch, int64_t begin, int64_t end) {
+  const RowMemory memory(scratch, args.K);
   for (int64_t row = begin; row < end; ++row) {
     VK_SWITCH_FLOAT(
         args.logits.dtype,
@@ -338,7 +340,7 @@ void scale(RowsArg in, RowsArg out, float factor, int64_t begin, int64_t end) {
 }  // namespace
 
 const DistillationTable& VK_ISA_TABLE(distillation_loss)() {
-  static const DistillationTable table = {forward, scale};
+  static const DistillationTable table = {scratch_bytes, forward, scale};
   return table;
 }
 

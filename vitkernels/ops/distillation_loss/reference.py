@@ -70,8 +70,10 @@ def units(dtype: torch.dtype, B: int, K: int, per_class: bool) -> tuple[float, f
     """How many times the gradients of logits and distill_logits are kept enlarged."""
     if dtype != torch.float16:
         return 1.0, 1.0
-    counts = (B, B * K if per_class else B)
-    return tuple(float(FP16_UNIT << (count - 1).bit_length()) for count in counts)
+    of_class, of_distillation = (
+        float(FP16_UNIT << (count - 1).bit_length()) for count in (B, B * K if per_class else B)
+    )
+    return of_class, of_distillation
 
 
 # --- raw operators --------------------------------------------------------------------------------
