@@ -32,6 +32,9 @@ CONFIGS = {
     "dynamic_size": (
         (1, 1), {}, {"img_size": 32, "patch_size": 1, "dynamic_img_size": True}, (48, 24),
     ),
+    "dynamic_crop": (
+        (1, 1), {}, {"img_size": 32, "patch_size": 2, "dynamic_img_size": True}, (56, 40),
+    ),
     "dynamic_pad": (
         (1, 1), {},
         {"img_size": 32, "patch_size": 3, "dynamic_img_size": True, "dynamic_img_pad": True},

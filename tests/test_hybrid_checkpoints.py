@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(**needs_timm)
 UNTOLD = {
     "odd_size": {"img_size": (41, 29)},
     "dynamic_size": {"dynamic_img_size": True},
+    "dynamic_crop": {"dynamic_img_size": True},
     "dynamic_pad": {"dynamic_img_size": True, "dynamic_img_pad": True, "img_size": 32},
 }
 FROM_SHAPES = [n for n in CONFIGS if n not in ("no_projection", "symmetric", "pre_norm")]
