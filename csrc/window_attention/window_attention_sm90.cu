@@ -135,9 +135,4 @@ void forward_sm90(const Device& device, const Tensor&, const Args& args) {
     launch<DType::kF16>(device, args);
 }
 
-Refusal sm90_refuses_backward(const Args&) { return "it is not written yet"; }
-void backward_sm90(const Device&, const Tensor&, const Args&) {
-  VK_CHECK(false, "window_attention", "path sm90 is not written yet");
-}
-
 }  // namespace vitkernels::window_attention

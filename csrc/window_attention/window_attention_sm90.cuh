@@ -30,17 +30,17 @@ struct Maps {
 
 // What a warpgroup does: one head of the windows first to last - 1; none if it has no work.
 struct Work {
-  int head;
-  int64_t group, first, last;
+  int head, group;
+  int64_t first, last;
 };
 
 VK_DEVICE Work work_of(const Args& a, int64_t groups, int busy, int warpgroup) {
   const int64_t worker = static_cast<int64_t>(blockIdx.x) * busy + warpgroup;
-  const int64_t group = divide(worker, a.heads);
-  const int head = static_cast<int>(worker - group * a.heads);
+  const int group = static_cast<int>(divide(worker, a.heads));
+  const int head = static_cast<int>(worker - static_cast<int64_t>(group) * a.heads);
   if (warpgroup >= busy || group >= groups) return {head, group, 0, 0};
   const int64_t windows = static_cast<int64_t>(a.B) * (a.H / a.Wh) * (a.W / a.Ww);
-  return {head, group, divide(group * windows, groups), divide((group + 1) * windows, groups)};
+  return {head, group, divide(group * windows, groups), divide((group + int64_t{1}) * windows, groups)};
 }
 
 // The stage and the parity of the window at hand.
