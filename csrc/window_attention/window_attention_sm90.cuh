@@ -40,7 +40,8 @@ VK_DEVICE Work work_of(const Args& a, int64_t groups, int busy, int warpgroup) {
   const int head = static_cast<int>(worker - static_cast<int64_t>(group) * a.heads);
   if (warpgroup >= busy || group >= groups) return {head, group, 0, 0};
   const int64_t windows = static_cast<int64_t>(a.B) * (a.H / a.Wh) * (a.W / a.Ww);
-  return {head, group, divide(group * windows, groups), divide((group + int64_t{1}) * windows, groups)};
+  return {head, group, divide(group * windows, groups),
+          divide((group + int64_t{1}) * windows, groups)};
 }
 
 // The stage and the parity of the window at hand.

@@ -97,20 +97,22 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   float dlogit = 0.0f;
   WindowPlace place = place_of(a, work.first);
   Ring<kStages> ring;
-  const auto load_lse = [&](float (&lse)[2], int64_t window) {
-    const float* from = a.lse + (window * a.heads + work.head) * a.Wh * a.Ww;
+  const int N = a.Wh * a.Ww;
+  const int index[2] = {index_of(a, tokens[row]), index_of(a, tokens[row + 8])};
+  const float* lse_at = a.lse + (work.first * a.heads + work.head) * N;  // of the window to come
+  const auto load_lse = [&](float (&lse)[2]) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      lse[half] = inside[half] ? from[index_of(a, tokens[row + 8 * half])] : 0.0f;
+    for (int half = 0; half < 2; ++half) lse[half] = inside[half] ? lse_at[index[half]] : 0.0f;
+    lse_at += a.heads * N;
   };
   float next_lse[2];
-  load_lse(next_lse, work.first);
+  load_lse(next_lse);
 
   for (int64_t window = work.first; window < work.last; ++window, ring.advance()) {
     char *const q = ring_tiles + ring.stage * kStage, *const k = q + kTile, *const v = k + kTile,
                 *const dout = v + kTile;
     const float lse[2] = {next_lse[0], next_lse[1]};
-    if (window + 1 < work.last) load_lse(next_lse, window + 1);
+    if (window + 1 < work.last) load_lse(next_lse);
     mbarrier_wait(&full[ring.stage], ring.parity);
     if constexpr (COSINE) {  // in turns: the other half may still be read
       inverse = inverses + (mine * 2 + (window - work.first) % 2) * 2 * kRows;

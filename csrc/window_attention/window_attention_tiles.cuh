@@ -126,6 +126,7 @@ VK_DEVICE void exponentiate(FragmentC (&s)[TILES], float (&top)[2], float (&sum)
 // thread's two rows, natural.
 template <int TILES>
 VK_DEVICE void differentiate(FragmentC (&p)[TILES], FragmentC (&dp)[TILES], const float (&lse)[2]) {
+  float inverse[2], delta[2], rest[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     // To 0 where it is not finite: the row becomes NaN by its sum, and masked keys stay 0.
@@ -143,16 +144,28 @@ VK_DEVICE void differentiate(FragmentC (&p)[TILES], FragmentC (&dp)[TILES], cons
     dot = quad_sum(dot);
     // rowsum(P dP) in two numbers, so that roundings of dS do not lean to one side and add up over
     // windows in dbias.
-    const float inverse = 1.0f / sum, delta = dot * inverse;
-    float rest = fmaf(-delta, sum, dot) * inverse;
-    if (!(rest - rest == 0.0f)) rest = 0.0f;
+    inverse[half] = 1.0f / sum, delta[half] = dot * inverse[half];
+    rest[half] = fmaf(-delta[half], sum, dot) * inverse[half];
+    if (!(rest[half] - rest[half] == 0.0f)) rest[half] = 0.0f;
+  }
+  // Where p is 0 there is no gradient, whatever dP is. What is not finite shows in delta.
+  const bool finite = delta[0] - delta[0] == 0.0f && delta[1] - delta[1] == 0.0f;
+  if (__all_sync(kAllLanes, finite)) {
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
 #pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        const bool masked = p[n].v[i] == 0.0f;  // no gradient, whatever dP is
-        p[n].v[i] *= inverse;
-        dp[n].v[i] = masked ? 0.0f : p[n].v[i] * ((dp[n].v[i] - delta) - rest);
+      for (int i = 0; i < 4; ++i) {
+        p[n].v[i] *= inverse[i / 2];
+        dp[n].v[i] = p[n].v[i] * ((dp[n].v[i] - delta[i / 2]) - rest[i / 2]);
+      }
+  } else {
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool masked = p[n].v[i] == 0.0f;
+        p[n].v[i] *= inverse[i / 2];
+        dp[n].v[i] = masked ? 0.0f : p[n].v[i] * ((dp[n].v[i] - delta[i / 2]) - rest[i / 2]);
       }
   }
 }
