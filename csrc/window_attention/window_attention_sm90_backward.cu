@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     pin(ds);
     pin_registers(floats(dk));
     pin_registers(floats(dv));
-    barrier_sync(1 + mine, kWarpgroup);  // nobody reads this window's operands any more
+    barrier_sync(1 + mine, kWarpgroup);  // nobody reads the operands any more
     if constexpr (COSINE) {
       dlogit += through_unit<TYPE, D>(dq, q, inverse, row, inside);
       through_unit<TYPE, D>(dk, k, inverse + kRows, row, inside);
