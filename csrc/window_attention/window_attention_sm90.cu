@@ -12,9 +12,9 @@
 // lanes, P in 16 bits is the A operand of O = P V (m64n32k16) where it is; O goes where Q was, and
 // from there to the map. Only windows at a seam are masked.
 //
-// Grid: heads * groups warpgroups, three to a block of 512 threads, a block a multiprocessor;
-// 148.2 KB of shared memory (151.2 KB reserved for cosines too). No barrier but those of the
-// stages, one more a window with cosines. Launch settings: window_attention_plan_sm90.h.
+// Grid: heads * groups warpgroups, three to a block of 512 threads, a block a multiprocessor; 147.4
+// KB of shared memory. No barriers but those of the stages, and one of the warpgroup a window with
+// cosines. Launch settings: window_attention_plan_sm90.h.
 #include "window_attention/window_attention_sm90.cuh"
 
 namespace vitkernels::window_attention {
