@@ -9,6 +9,7 @@
 #include "add_layer_norm/add_layer_norm_plan.h"
 #include "common/cpu_isa.h"
 #include "window_attention/window_attention_plan_simt.h"
+#include "window_attention/window_attention_plan_sm90.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -56,4 +57,30 @@ PYBIND11_MODULE(_C, m) {
       py::arg("windows"), py::arg("heads"), py::arg("N"), py::arg("D"), py::arg("table_rows"),
       py::arg("multiprocessors"), py::arg("backward"),
       "Launch settings of window_attention's SIMT kernels.");
+  m.def(
+      "window_attention_sm90_plan",
+      [](int64_t windows, int heads, int D, int multiprocessors, bool backward) {
+        namespace sm90 = vitkernels::window_attention::sm90;
+        const sm90::Plan p = sm90::plan(windows, heads, D, multiprocessors, backward);
+        return py::dict("groups"_a = p.groups, "blocks"_a = p.blocks, "busy"_a = p.busy,
+                        "shared_bytes"_a = p.shared_bytes);
+      },
+      py::arg("windows"), py::arg("heads"), py::arg("D"), py::arg("multiprocessors"),
+      py::arg("backward"), "Launch settings of window_attention's sm_90 kernels.");
+  m.def(
+      "window_attention_sm90_order",
+      [](int Wh, int Ww, int shift_h, int shift_w) {
+        namespace sm90 = vitkernels::window_attention::sm90;
+        const sm90::Order order = sm90::order_of(Wh, Ww, shift_h, shift_w);
+        py::list parts;
+        for (int p = 0; p < order.count; ++p) {
+          const sm90::Part& part = order.parts[p];
+          parts.append(py::make_tuple(part.row, part.y, part.x, part.height, part.width));
+        }
+        return py::dict("parts"_a = parts, "rows"_a = order.rows, "below"_a = order.below,
+                        "right"_a = order.right, "keys"_a = sm90::keys_of(order));
+      },
+      py::arg("Wh"), py::arg("Ww"), py::arg("shift_h"), py::arg("shift_w"),
+      "Where window_attention's sm_90 kernels keep the tokens of a window: parts as (row, y, x, "
+      "height, width).");
 }

@@ -61,4 +61,8 @@ void backward_simt(const Device& device, const Tensor& like, const Args& args);
 void backward_sm80(const Device& device, const Tensor& like, const Args& args);
 void backward_sm90(const Device& device, const Tensor& like, const Args& args);
 
+// The second stage of the sm_80 and sm_90 backward: dbias_table and dlogit_scale from what their
+// groups of windows have summed, (groups, heads, rows of the table + 1), the last for dlogit_scale.
+void add_partials(const Device& device, const Args& args, int64_t groups, const float* partial);
+
 }  // namespace vitkernels::window_attention

@@ -62,23 +62,8 @@ __global__ void __launch_bounds__(kThreads, forward_blocks(COSINE))
       multiply_rows<TYPE, D>(s, stage, warp * 16, stage + tile_bytes(D));
       finish_scores<COSINE>(s, by, bias, inverse, seams_in(a, all_seams, place));
 
-      float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], s[n].v[i]);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        top[half] = quad_max(top[half]);
-        if (top[half] == -INFINITY) top[half] = 0.0f;  // all masked, or all NaN
-      }
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          s[n].v[i] = exp2f(s[n].v[i] - top[i / 2]);
-          sum[i / 2] += s[n].v[i];
-        }
+      float top[2], sum[2];
+      exponentiate(s, top, sum);
       FragmentC o[D / 8] = {};
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
@@ -89,7 +74,6 @@ __global__ void __launch_bounds__(kThreads, forward_blocks(COSINE))
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        sum[half] = quad_sum(sum[half]);
         const int row = warp * 16 + lane / 4 + 8 * half;
         if (lane % 4 == 0 && row < N)
           a.lse[(window * a.heads + head) * N + row] = fmaf(top[half], kLn2, logf(sum[half]));

@@ -1,6 +1,6 @@
-// What the sm_80 kernels of window_attention share, forward and backward: where the tokens of a
-// window lie, 64-row tiles of one head in swizzled shared memory, products of a warp's 16 rows, the
-// bias as fragments, seams as bit masks.
+// What the sm_80 kernels of window_attention share, forward and backward: copies of a window's
+// tokens to 64-row tiles in shared memory, products of a warp's 16 rows, the bias as fragments,
+// seams as bit masks. What other tensor-core kernels need too: window_attention_tiles.cuh.
 //
 // A window is padded to 64 tokens: rows beyond its N are zero in every tile, key columns beyond
 // get a bias of -inf, and nothing of padded queries is stored.
@@ -15,36 +15,11 @@
 #include "common/swizzle.cuh"
 #include "window_attention/window_attention_cuda.h"
 #include "window_attention/window_attention_plan_sm80.h"
+#include "window_attention/window_attention_tiles.cuh"
 
 namespace vitkernels::window_attention::sm80 {
 
-constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
-constexpr float kMaxLogitScale = 4.60517018598809136804f;  // ln 100
-constexpr float kLongest = 1.0f / 1e-12f;                  // the inverse length of a short vector
-
-// ---- Tokens
-
-struct WindowPlace {
-  int b, y, x;  // the sample, and the window's row and column in the shifted map
-};
-
-VK_DEVICE WindowPlace place_of(const Args& a, int64_t window) {
-  const int64_t across = a.W / a.Ww, down = a.H / a.Wh;
-  const int64_t row = divide(window, across), b = divide(row, down);
-  return {static_cast<int>(b), static_cast<int>(row - b * down),
-          static_cast<int>(window - row * across)};
-}
-
-VK_DEVICE void advance(const Args& a, WindowPlace& place) {
-  if (++place.x < a.W / a.Ww) return;
-  place.x = 0;
-  if (++place.y < a.H / a.Wh) return;
-  place.y = 0;
-  ++place.b;
-}
-
-// Row and column of a token in its window, in one int.
-VK_DEVICE int packed_token(const Args& a, int token) { return token / a.Ww << 16 | token % a.Ww; }
+using namespace window_attention;  // sm80::pack is the shared one
 
 // The element where the channels of a token begin in an unshifted map.
 VK_DEVICE int64_t token_offset(const Args& a, const MapView& map, const WindowPlace& place,
@@ -86,12 +61,6 @@ VK_DEVICE uint64_t attended(const Seams& seams, int query) {
 
 // ---- Tiles: 64 rows of D 16-bit elements, their 16-byte chunks swizzled
 
-template <int D>
-VK_DEVICE char* chunk_at(char* tile, int row, int chunk) {
-  return tile +
-         swizzled(static_cast<Swizzle>(2 * D), static_cast<uint32_t>(row * 2 * D + chunk * 16));
-}
-
 // Zeros where no token is ever copied to.
 template <int D>
 VK_DEVICE void clear_padding(char* tiles, int count, int N) {
@@ -118,18 +87,6 @@ VK_DEVICE void begin_tiles(char* tiles, const Args& a, const MapView& map, int64
     for (int tile = 0; tile < COUNT; ++tile)
       copy_async<16>(chunk_at<D>(tiles + tile * tile_bytes(D), row, chunk), from + tile * apart);
   }
-}
-
-template <DType TYPE>
-VK_DEVICE uint32_t pack(float low, float high) {
-  return TYPE == DType::kBF16 ? pack_bf16(low, high) : pack_f16(low, high);
-}
-
-template <DType TYPE>
-VK_DEVICE float2 unpack(uint32_t pair) {
-  if (TYPE == DType::kBF16)
-    return make_float2(bits_to_float(pair << 16), bits_to_float(pair & 0xffff0000u));
-  return make_float2(unpack_f16_low(pair), unpack_f16_high(pair));
 }
 
 // Stores a warp's 16 rows, row r of its half h times by[h], by way of its rows of `tile`.
@@ -195,29 +152,7 @@ VK_DEVICE void multiply_step(FragmentC (&c)[D / 8], const FragmentA& a, char* b,
   }
 }
 
-VK_DEVICE float quad_sum(float x) {
-  x += __shfl_xor_sync(kAllLanes, x, 1);
-  return x + __shfl_xor_sync(kAllLanes, x, 2);
-}
-VK_DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-}
-
 // ---- Scores
-
-VK_DEVICE float load_float(const void* data, DType dtype, int64_t index) {
-  if (is_wide(dtype)) return static_cast<const float*>(data)[index];
-  const uint32_t bits = static_cast<const uint16_t*>(data)[index];
-  return dtype == DType::kBF16 ? bits_to_float(bits << 16) : unpack_f16_low(bits);
-}
-
-// What the head's products are multiplied by.
-VK_DEVICE float head_factor(const Args& a, int head) {
-  if (a.logit_scale == nullptr) return a.scale;
-  const float logit = load_float(a.logit_scale, a.logit_dtype, head * a.logit_step);
-  return expf(logit > kMaxLogitScale ? kMaxLogitScale : logit);  // NaN stays NaN
-}
 
 // The head's bias times log2 e, -inf for padded keys: each thread keeps what its own fragments need
 // at bias[n * kThreads + thread].
@@ -229,11 +164,8 @@ VK_DEVICE void expand_bias(float4* bias, const Args& a, int head, int N) {
       const int query = thread / kWarp * 16 + fragment_c_row(lane, i);
       const int key = n * 8 + fragment_c_column(lane, i);
       v[i] = key < N ? 0.0f : -INFINITY;
-      if (query >= N || key >= N) continue;
-      const int dy = query / a.Ww - key / a.Ww + a.Wh - 1;
-      const int dx = query % a.Ww - key % a.Ww + a.Ww - 1;
-      const int64_t at = (dy * (2 * a.Ww - 1) + dx) * a.bias_row + head * a.bias_head;
-      v[i] = load_float(a.bias_table, a.bias_dtype, at) * kLog2e;
+      if (query < N && key < N)
+        v[i] = position_bias(a, head, packed_token(a, query), packed_token(a, key));
     }
     bias[n * kThreads + thread] = make_float4(v[0], v[1], v[2], v[3]);
   }
@@ -243,17 +175,7 @@ VK_DEVICE void expand_bias(float4* bias, const Args& a, int head, int N) {
 template <DType TYPE, int D>
 VK_DEVICE void inverse_lengths(float* inverse, char* q_and_k) {
   const int row = static_cast<int>(threadIdx.x);
-  float sum = 0.0f;
-#pragma unroll
-  for (int chunk = 0; chunk < D / 8; ++chunk) {
-    const auto* words = reinterpret_cast<const uint32_t*>(chunk_at<D>(q_and_k, row, chunk));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 x = unpack<TYPE>(words[i]);
-      sum = fmaf(x.x, x.x, fmaf(x.y, x.y, sum));
-    }
-  }
-  inverse[row] = 1.0f / fmaxf(sqrtf(sum), 1e-12f);
+  inverse[row] = inverse_length<TYPE, D>(q_and_k, row);
 }
 
 // From products to scores in units of log2: times `by` (with cosines, by the inverse lengths of
@@ -288,12 +210,6 @@ VK_DEVICE void finish_scores(FragmentC (&s)[8], float by, const float4* bias, co
 }
 
 // ---- Host: what either direction refuses
-
-inline bool on_lines(const Args& a, const MapView& map) {
-  const auto fits = [](int size, int64_t stride) { return size == 1 || stride % 8 == 0; };
-  return reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && fits(a.B, map.batch) &&
-         fits(a.H, map.row) && fits(a.W, map.column);
-}
 
 inline Refusal refuses(const Args& a) {
   if (a.dtype == DType::kF32) return "it takes bf16 and fp16";

@@ -21,53 +21,6 @@ using namespace sm80;
 // P and dS in 16 bits are tiles of 64 rows of 64: like rows of D = 64.
 constexpr int kScores = kTile;
 
-// The rows of q and k become unit vectors; each by the thread that knows its length.
-template <DType TYPE, int D>
-VK_DEVICE void make_units(char* q_and_k, const float* inverse) {
-  const int row = static_cast<int>(threadIdx.x);
-  const float by = inverse[row];
-#pragma unroll
-  for (int chunk = 0; chunk < D / 8; ++chunk) {
-    auto* words = reinterpret_cast<uint32_t*>(chunk_at<D>(q_and_k, row, chunk));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 x = unpack<TYPE>(words[i]);
-      words[i] = pack<TYPE>(x.x * by, x.y * by);
-    }
-  }
-}
-
-// g, the gradient of a warp's 16 unit vectors, becomes that of the vectors: (g - u (u . g)) /
-// length, 0 for a short one. Returns the sum of u . g over the thread's two rows.
-template <DType TYPE, int D>
-VK_DEVICE float through_unit(FragmentC (&g)[D / 8], char* units, const float* inverse, int N) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  float sum = 0.0f;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = static_cast<int>(threadIdx.x) / kWarp * 16 + lane / 4 + 8 * half;
-    float2 u[D / 8];
-    float dot = 0.0f;
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-      const char* at = chunk_at<D>(units, row, n) + lane % 4 * 4;
-      u[n] = unpack<TYPE>(*reinterpret_cast<const uint32_t*>(at));
-      dot = fmaf(u[n].x, g[n].v[2 * half], fmaf(u[n].y, g[n].v[2 * half + 1], dot));
-    }
-    dot = quad_sum(dot);
-    if (row < N) sum += dot;
-    const float by = inverse[row];
-    const bool is_short = by >= kLongest;
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-      float &x = g[n].v[2 * half], &y = g[n].v[2 * half + 1];
-      x = is_short ? 0.0f : fmaf(u[n].x, -dot, x) * by;
-      y = is_short ? 0.0f : fmaf(u[n].y, -dot, y) * by;
-    }
-  }
-  return sum;
-}
-
 // c += a^T b: rows `first` on of a^T, which are columns of the 16-bit scores `a`.
 template <DType TYPE, int D>
 VK_DEVICE void multiply_transposed(FragmentC (&c)[D / 8], char* a, int first, char* b) {
@@ -79,49 +32,6 @@ VK_DEVICE void multiply_transposed(FragmentC (&c)[D / 8], char* a, int first, ch
         fa.r, chunk_at<kScores>(a, step * 16 + lane / 16 * 8 + lane % 8, first / 8 + lane / 8 % 2));
     multiply_step<TYPE, D>(c, fa, b, step);
   }
-}
-
-// p (log2 scores before) and dp become P and dS; padded queries are left as they are. lse: of the
-// block's rows, natural.
-VK_DEVICE void differentiate(FragmentC (&p)[8], FragmentC (&dp)[8], const float* lse) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int query = static_cast<int>(threadIdx.x) / kWarp * 16 + lane / 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    // To 0 where it is not finite: the row becomes NaN by its sum, and masked keys stay 0.
-    const float given = lse[query + 8 * half], center = given - given == 0.0f ? given * kLog2e : 0;
-    float sum = 0.0f, dot = 0.0f;
-#pragma unroll
-    for (int n = 0; n < 8; ++n)
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        p[n].v[i] = exp2f(p[n].v[i] - center);
-        sum += p[n].v[i];
-        dot = fmaf(p[n].v[i], dp[n].v[i], dot);
-      }
-    sum = quad_sum(sum);
-    dot = quad_sum(dot);
-    // rowsum(P dP) in two numbers, so that roundings of dS do not lean to one side and add up over
-    // windows in dbias.
-    const float inverse = 1.0f / sum, delta = dot * inverse;
-    float rest = fmaf(-delta, sum, dot) * inverse;
-    if (!(rest - rest == 0.0f)) rest = 0.0f;
-#pragma unroll
-    for (int n = 0; n < 8; ++n)
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        const bool masked = p[n].v[i] == 0.0f;  // no gradient, whatever dP is
-        p[n].v[i] *= inverse;
-        dp[n].v[i] = masked ? 0.0f : p[n].v[i] * ((dp[n].v[i] - delta) - rest);
-      }
-  }
-}
-
-// The two neighbours of fragment n in 16 bits; 0 for padded queries.
-template <DType TYPE>
-VK_DEVICE uint32_t rounded(const FragmentC& c, int half, bool inside) {
-  const uint32_t pair = pack<TYPE>(c.v[2 * half], c.v[2 * half + 1]);
-  return inside ? pair : 0;
 }
 
 // The block's column of dbias_table from the sums of dS in shared memory: row by row, each by one
@@ -158,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   const int64_t first = group * windows / groups, last = (group + 1) * windows / groups;
   const int64_t channel = static_cast<int64_t>(head) * D, width = static_cast<int64_t>(a.heads) * D;
   const int row = warp * 16 + lane / 4;  // and row + 8
-  const bool has_rows = warp * 16 < N;
+  const bool has_rows = warp * 16 < N, inside[2] = {row < N, row + 8 < N};
 
   if (thread < N) tokens[thread] = packed_token(a, thread);
   clear_padding<D>(tiles, 8, N);
@@ -198,17 +108,18 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
       multiply_rows<TYPE, D>(p, q, warp * 16, k);
       finish_scores<COSINE>(p, factor * kLog2e, bias, inverse, seams_in(a, all_seams, place));
       multiply_rows<TYPE, D>(dp, dout, warp * 16, v);
-      differentiate(p, dp, lse_rows + odd * kTile);
+      const float* lse = lse_rows + odd * kTile + row;
+      differentiate(p, dp, {lse[0], lse[8]});
 #pragma unroll
       for (int n = 0; n < 8; ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int at = row + 8 * half;
-          const uint32_t pair = rounded<TYPE>(dp[n], half, at < N);
+          const uint32_t pair = rounded<TYPE>(dp[n], half, inside[half]);
           ds[2 * n + half] = pair;
           *reinterpret_cast<uint32_t*>(chunk_at<kScores>(ds_tile, at, n) + lane % 4 * 4) = pair;
           *reinterpret_cast<uint32_t*>(chunk_at<kScores>(p_tile, at, n) + lane % 4 * 4) =
-              rounded<TYPE>(p[n], half, at < N);
+              rounded<TYPE>(p[n], half, inside[half]);
           dbias[n].v[2 * half] += dp[n].v[2 * half];
           dbias[n].v[2 * half + 1] += dp[n].v[2 * half + 1];
         }
@@ -216,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     if (a.dqkv.data == nullptr && a.dlogit_scale == nullptr) continue;
     if constexpr (COSINE) {
       __syncthreads();
-      make_units<TYPE, D>(q, inverse);
+      make_unit<TYPE, D>(q, thread, inverse[thread]);  // of q and k
     }
     __syncthreads();  // P and dS are there, and v is free
     if (!has_rows) continue;
@@ -227,14 +138,14 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
         multiply_step<TYPE, D>(
             dq, FragmentA{{ds[4 * step], ds[4 * step + 1], ds[4 * step + 2], ds[4 * step + 3]}}, k,
             step);
-      if constexpr (COSINE) dlogit += through_unit<TYPE, D>(dq, q, inverse, N);
+      if constexpr (COSINE) dlogit += through_unit<TYPE, D>(dq, q, inverse, row, inside);
       if (a.dqkv.data == nullptr) continue;
       store_rows<TYPE, D>(dq, {factor, factor}, v, a, a.dqkv, channel, place, tokens, N);
     }
     {
       FragmentC dk[D / 8] = {};
       multiply_transposed<TYPE, D>(dk, ds_tile, warp * 16, q);
-      if constexpr (COSINE) through_unit<TYPE, D>(dk, k, inverse + kTile, N);
+      if constexpr (COSINE) through_unit<TYPE, D>(dk, k, inverse + kTile, row, inside);
       store_rows<TYPE, D>(dk, {factor, factor}, v, a, a.dqkv, channel + width, place, tokens, N);
     }
     FragmentC dv[D / 8] = {};
@@ -294,12 +205,16 @@ void launch(const Device& device, const Tensor& like, const Args& a) {
   device.launch(cosine ? backward_kernel<TYPE, 32, true> : backward_kernel<TYPE, 32, false>,
                 dim3(static_cast<unsigned>(p.blocks)), dim3(kThreads),
                 static_cast<size_t>(p.shared_bytes), a, p.groups, partial);
-  if (partial != nullptr)
-    device.launch(finish_kernel, dim3(static_cast<unsigned>((columns + kThreads - 1) / kThreads)),
-                  dim3(kThreads), 0, a, p.groups, partial);
+  if (partial != nullptr) add_partials(device, a, p.groups, partial);
 }
 
 }  // namespace
+
+void add_partials(const Device& device, const Args& a, int64_t groups, const float* partial) {
+  const int64_t columns = static_cast<int64_t>(a.heads) * (a.table_rows() + 1);
+  device.launch(finish_kernel, dim3(static_cast<unsigned>((columns + kThreads - 1) / kThreads)),
+                dim3(kThreads), 0, a, groups, partial);
+}
 
 Refusal sm80_refuses_backward(const Args& args) {
   const Refusal why = refuses(args);
