@@ -33,7 +33,8 @@ struct Args {
   const void* logit_scale;  // one per head; null: `scale` times the product, not the cosine
   int64_t logit_step;
   DType logit_dtype;
-  Dropout dropout;  // counter: flat index in (B, windows, heads, N, N)
+  Dropout dropout;   // counter: flat index in (B, windows, heads, N, N)
+  int architecture;  // of the device: 10 * major + minor of its compute capability
 
   // Backward only. `out` is then given, and may have any strides.
   MapView dout;
@@ -60,5 +61,9 @@ void forward_sm90(const Device& device, const Tensor& like, const Args& args);
 void backward_simt(const Device& device, const Tensor& like, const Args& args);
 void backward_sm80(const Device& device, const Tensor& like, const Args& args);
 void backward_sm90(const Device& device, const Tensor& like, const Args& args);
+
+// The second stage of the sm_80 and sm_90 backward: dbias_table and dlogit_scale from what their
+// groups of windows have summed, (groups, heads, rows of the table + 1), the last for dlogit_scale.
+void add_partials(const Device& device, const Args& args, int64_t groups, const float* partial);
 
 }  // namespace vitkernels::window_attention

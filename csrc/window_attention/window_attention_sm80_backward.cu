@@ -205,20 +205,26 @@ void launch(const Device& device, const Tensor& like, const Args& a) {
   device.launch(cosine ? backward_kernel<TYPE, 32, true> : backward_kernel<TYPE, 32, false>,
                 dim3(static_cast<unsigned>(p.blocks)), dim3(kThreads),
                 static_cast<size_t>(p.shared_bytes), a, p.groups, partial);
-  if (partial != nullptr)
-    device.launch(finish_kernel, dim3(static_cast<unsigned>((columns + kThreads - 1) / kThreads)),
-                  dim3(kThreads), 0, a, p.groups, partial);
+  if (partial != nullptr) add_partials(device, a, p.groups, partial);
 }
 
 }  // namespace
 
+void add_partials(const Device& device, const Args& a, int64_t groups, const float* partial) {
+  const int64_t columns = static_cast<int64_t>(a.heads) * (a.table_rows() + 1);
+  device.launch(finish_kernel, dim3(static_cast<unsigned>((columns + kThreads - 1) / kThreads)),
+                dim3(kThreads), 0, a, groups, partial);
+}
+
 Refusal sm80_refuses_backward(const Args& args) {
   const Refusal why = refuses(args);
   if (!why.empty()) return why;
-  return on_lines(args, args.dout) ? "" : "pixels of dout must begin on 16-byte lines";
+  if (!on_lines(args, args.dout)) return "pixels of dout must begin on 16-byte lines";
+  return refuses_large(args, true);
 }
 
 void backward_sm80(const Device& device, const Tensor& like, const Args& args) {
+  if (args.tokens() > kTile) return backward_large(device, like, args);
   if (args.dtype == DType::kBF16)
     launch<DType::kBF16>(device, like, args);
   else
