@@ -17,9 +17,9 @@ constexpr int key_fragments(int N) { return N % 64 != 0 && N % 48 == 0 ? 6 : 8; 
 // The backward has chunks of 48 queries up to 192 tokens, then 32.
 constexpr int query_fragments(int N) { return N <= 192 ? 6 : 4; }
 
-// Warps that a multiprocessor has registers for, in one block or more: a quarter of it has 96
-// registers for each of five warps, 128 of four, 168 of three.
-constexpr int forward_warps(int fragments) { return fragments == 6 ? 20 : 16; }
+// Warps that a multiprocessor has registers for, in one block or more: a quarter of it has 128
+// registers for each of four warps, 168 of three.
+constexpr int kForwardWarps = 16, kForwardThreads = 32 * kForwardWarps;
 constexpr int backward_warps(int fragments) { return fragments == 6 ? 12 : 16; }
 
 // ---- Sizes
@@ -40,8 +40,9 @@ constexpr int score_pitch(int rows) { return 2 * rows + 16; }
 // Bytes of dynamic shared memory, in this order. Forward: q, k and v twice. Backward: q, k and dout
 // twice, v, out, with cosines unit vectors of a chunk's queries, dS of the chunk. Then both: the
 // bias, three ints and, with cosines, two inverse lengths of each token. Backward: two numbers, lse
-// and four sums of dS of each. At last which windows the two stages are of.
-constexpr int kVisitBytes = 48;
+// and four sums of dS of each, 32 sums for dlogit_scale. At last which windows the two stages are
+// of.
+constexpr int kVisitBytes = 64, kLogitSums = 32;
 constexpr int64_t token_bytes(int rows, bool cosine) { return rows * (cosine ? 20 : 12); }
 constexpr int64_t forward_shared(int N, int table_rows, int D, bool cosine) {
   const int rows = padded_rows(N);
@@ -51,7 +52,8 @@ constexpr int64_t forward_shared(int N, int table_rows, int D, bool cosine) {
 constexpr int64_t backward_shared(int N, int table_rows, int D, bool cosine) {
   const int rows = backward_rows(N), queries = 8 * query_fragments(N);
   return 8 * tile_bytes(rows, D) + (cosine ? queries * 2 * D : 0) + queries * score_pitch(rows) +
-         4 * table_floats(table_rows) + token_bytes(rows, cosine) + rows * 28 + kVisitBytes;
+         4 * table_floats(table_rows) + token_bytes(rows, cosine) + rows * 28 + 4 * kLogitSums +
+         kVisitBytes;
 }
 
 // ---- Devices
@@ -87,7 +89,7 @@ inline Plan plan(int64_t windows, int N, int table_rows, int heads, int D, int m
   p.shared_bytes = backward ? backward_shared(N, table_rows, D, cosine)
                             : forward_shared(N, table_rows, D, cosine);
   p.fragments = backward ? query_fragments(N) : key_fragments(N);
-  const int room = backward ? backward_warps(p.fragments) : forward_warps(p.fragments);
+  const int room = backward ? backward_warps(p.fragments) : kForwardWarps;
   const int64_t fitting = shared_memory(architecture) / (p.shared_bytes + 1024);
   const int passes = !backward && fitting > 1 && 2 * tiles > room ? 2 : 1;
   p.warps = (tiles + passes - 1) / passes;

@@ -21,9 +21,6 @@ namespace {
 
 using namespace sm80_large;
 
-template <int F>
-constexpr int kForwardThreads = 32 * forward_warps(F);
-
 // What a warp has of its 16 queries, row r of its half h at [h].
 template <int D>
 struct Running {
@@ -85,8 +82,8 @@ VK_DEVICE void add_keys(Running<D>& r, char* queries, const RowPair& rows, const
 }
 
 template <DType TYPE, int D, int F, bool COSINE>
-__global__ void __launch_bounds__(kForwardThreads<F>, 1) forward_kernel(Args a, int64_t groups) {
-  check_launch_bounds<kForwardThreads<F>>();
+__global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(Args a, int64_t groups) {
+  check_launch_bounds<kForwardThreads>();
   VK_SWIZZLED_SHARED(char, tiles);
   const int N = a.Wh * a.Ww, padded = padded_rows(N), tile = tile_bytes(padded, D);
   auto* const table = reinterpret_cast<float*>(tiles + 6 * tile);
@@ -104,11 +101,9 @@ __global__ void __launch_bounds__(kForwardThreads<F>, 1) forward_kernel(Args a, 
   fill_tokens(tokens, a, N, -1);
   fill_bias(table, a, head);
   clear_rows<D>(tiles, 6, tile, N);
-  const float by = head_factor(a, head) * kLog2e;
-  if (threadIdx.x == 0) visits[left & 1] = {place_of(a, first), head, first};
+  if (threadIdx.x == 0) visits[left & 1] = {place_of(a, first), head, first, head_factor(a, head)};
   const auto begin = [&](int parity, const Visit& visit) {
     char* const stage = tiles + parity * 3 * tile;
-
     begin_rows<D, 3>(stage, tile, a, a.qkv, visit.head * D, a.heads * D, visit.place, tokens.places,
                      N);
     commit_copies();
@@ -128,7 +123,7 @@ __global__ void __launch_bounds__(kForwardThreads<F>, 1) forward_kernel(Args a, 
     }
     const Keys keys = {stage + tile, stage + 2 * tile, inverse + padded, seam_bits(a, visit.place)};
     for (int row = warp * 16; row < N; row += step) {
-      const RowPair rows = row_pair<COSINE>(a, table, tokens, inverse, by, row);
+      const RowPair rows = row_pair<COSINE>(a, table, tokens, inverse, visit.factor * kLog2e, row);
       Running<D> r;
 #pragma unroll 1
       for (int key = 0; key < N; key += 8 * F) {

@@ -58,6 +58,7 @@ struct Visit {
   WindowPlace place;
   int head;
   int64_t window;
+  float factor;  // of the head's products
 };
 static_assert(2 * sizeof(Visit) == kVisitBytes);
 

@@ -45,6 +45,7 @@ struct Window {
   const float* table;  // the bias
   float* lse;
   float* sums;    // of dS, see add_pairs
+  float* dlogit;  // of the rows that a quad has in dQ
   Visit* visits;  // of the stages
   Tokens tokens;
 };
@@ -64,7 +65,8 @@ VK_DEVICE Window lay_out(char* memory, const Args& a) {
   w.terms = reinterpret_cast<float2*>(w.inverse + (COSINE ? 2 * rows : 0));
   w.lse = reinterpret_cast<float*>(w.terms + rows);
   w.sums = w.lse + rows;
-  w.visits = reinterpret_cast<Visit*>(w.sums + 4 * rows);
+  w.dlogit = w.sums + 4 * rows;
+  w.visits = reinterpret_cast<Visit*>(w.dlogit + kLogitSums);
   return w;
 }
 
@@ -72,7 +74,7 @@ VK_DEVICE Window lay_out(char* memory, const Args& a) {
 template <DType TYPE, int D>
 VK_DEVICE void fill_terms(const Window& w, int N) {
   constexpr int kChunks = D / 8;
-#pragma unroll
+#pragma unroll 1
   for (int pass = 0; pass < kChunks / 2; ++pass) {  // two threads a row
     const int i = static_cast<int>(threadIdx.x + pass * blockDim.x), row = i / kChunks;
     const auto* x = reinterpret_cast<const uint32_t*>(chunk_at<D>(w.dout, row, i % kChunks));
@@ -168,7 +170,7 @@ VK_DEVICE void add_pairs(const Window& w, const Args& a, int first, int pitch) {
     const int run = min(a.Ww - x, end - query);
     const char* row = at + (wraps ? N * 2 : 0);
     float straight = 0.0f, wrapped = 0.0f;
-#pragma unroll 4
+#pragma unroll 2
     for (int i = 0; i < run; ++i) {
       const bool round = x + i < right;
       const auto* key =
@@ -237,14 +239,12 @@ __global__ void __launch_bounds__(kBackwardThreads<F>, 1)
   const int64_t begin = group * windows / groups;
   int left = static_cast<int>((group + 1) * windows / groups - begin);
   const int width = a.heads * D;
-  const bool wants_dq = a.dqkv.data != nullptr || a.dlogit_scale != nullptr;
   const int key = warp * 16;
 
   fill_tokens(w.tokens, a, N, 1);
   fill_bias(const_cast<float*>(w.table), a, head);
   clear_rows<D>(memory, 8, tile, N);
-  const float factor = head_factor(a, head);
-  if (thread == 0) w.visits[left & 1] = {place_of(a, begin), head, begin};
+  if (thread == 0) w.visits[left & 1] = {place_of(a, begin), head, begin, head_factor(a, head)};
   const auto begin_stage = [&](const Visit& visit, int parity) {  // q, k and dout
     char* const stage = memory + parity * 3 * tile;
     begin_rows<D, 2>(stage, tile, a, a.qkv, visit.head * D, width, visit.place, w.tokens.places, N);
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kBackwardThreads<F>, 1)
     commit_copies();
   };
   for (int i = thread; i < 4 * N; i += static_cast<int>(blockDim.x)) w.sums[i] = 0.0f;
-  float dlogit = 0.0f;
+  if (thread < kLogitSums) w.dlogit[thread] = 0.0f;
   __syncthreads();
   begin_stage(w.visits[left & 1], left & 1);
   begin_rest(w.visits[left & 1]);
@@ -284,7 +284,8 @@ __global__ void __launch_bounds__(kBackwardThreads<F>, 1)
       __syncthreads();
     }
     const int seams = seam_bits(a, visit.place);
-    keys.rows = row_pair<COSINE>(a, w.table, w.tokens, w.inverse + rows, factor * kLog2e, key);
+    keys.rows =
+        row_pair<COSINE>(a, w.table, w.tokens, w.inverse + rows, visit.factor * kLog2e, key);
 
 #pragma unroll 1
     for (int first = 0; first < N; first += 8 * F) {
@@ -300,17 +301,19 @@ __global__ void __launch_bounds__(kBackwardThreads<F>, 1)
       __syncthreads();  // dS is there; nobody needs these rows of q and dout, nor the units
       if (a.dbias_table != nullptr && thread < N) add_pairs<TYPE, F>(w, a, first, pitch);
       const int part = (static_cast<int>(blockDim.x) / kWarp - 1 - warp) * 16;  // the last warps
-      if (wants_dq && part < 8 * F && first + part < N) {
+      const bool wanted = a.dqkv.data != nullptr || a.dlogit_scale != nullptr;
+      if (wanted && part < 8 * F && first + part < N) {
         const int row = first + part + lane / 4;
         FragmentC dq[D / 8] = {};
         multiply_keys<TYPE, D>(dq, w.ds, w.k, part, N, pitch);
         if constexpr (COSINE) {
           make_units<TYPE, D>(w.q, first + part, w.inverse);
-          dlogit += through_unit<TYPE, D>(dq, w.q, w.inverse, row, {row < N, row + 8 < N});
+          const float sum = through_unit<TYPE, D>(dq, w.q, w.inverse, row, {row < N, row + 8 < N});
+          if (lane % 4 == 0) w.dlogit[(part + lane / 2) / 2] += sum;
         }
         if (a.dqkv.data != nullptr)
-          store_rows<TYPE, D>(dq, {factor, factor}, w.q, a, a.dqkv, visit.head * D, visit.place,
-                              w.tokens.places, N, first + part);
+          store_rows<TYPE, D>(dq, {visit.factor, visit.factor}, w.q, a, a.dqkv, visit.head * D,
+                              visit.place, w.tokens.places, N, first + part);
       }
       if (first + 8 * F >= N) break;
       if constexpr (COSINE) fill_units<TYPE, D, F>(w, first + 8 * F, N);
@@ -321,19 +324,19 @@ __global__ void __launch_bounds__(kBackwardThreads<F>, 1)
       const int row = key + lane / 4;
       if constexpr (COSINE)
         through_unit<TYPE, D>(keys.dk, w.k, w.inverse + rows, row, {row < N, row + 8 < N});
-      store_rows<TYPE, D>(keys.dk, {factor, factor}, w.dout, a, a.dqkv, visit.head * D + width,
-                          visit.place, w.tokens.places, N);
+      store_rows<TYPE, D>(keys.dk, {visit.factor, visit.factor}, w.dout, a, a.dqkv,
+                          visit.head * D + width, visit.place, w.tokens.places, N);
       store_rows<TYPE, D>(keys.dv, {1.0f, 1.0f}, w.dout, a, a.dqkv, visit.head * D + 2 * width,
                           visit.place, w.tokens.places, N);
     }
   }
 
   if (partial == nullptr) return;
-  float* const column = partial + (group * a.heads + head) * (a.table_rows() + 1);
+  float* const column = partial + static_cast<int64_t>(blockIdx.x) * (a.table_rows() + 1);
   __syncthreads();  // the sums are there, and nobody reads lengths or terms
   store_column(column, w.sums, a);
   if constexpr (COSINE) {
-    float total[1] = {lane % 4 == 0 ? dlogit * factor : 0.0f};  // a quad has the same
+    float total[1] = {thread < kLogitSums ? w.dlogit[thread] * w.visits[1].factor : 0.0f};
     sum_over_block(total, reinterpret_cast<float*>(w.terms));
     if (thread == 0) column[a.table_rows()] = total[0];
   }
