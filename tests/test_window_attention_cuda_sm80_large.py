@@ -1,5 +1,5 @@
-"""window_attention's sm_80 kernels for windows of 65 to 256 tokens, forced: values, refusals, special
-values, launch plans, and what nvcc made of them."""
+"""window_attention's sm_80 kernels for windows of 65 to 256 tokens, forced: values, refusals,
+special values, launch plans, and what nvcc made of them."""
 
 import math
 
