@@ -121,8 +121,8 @@ VK_DEVICE void add_queries(Keys<D>& keys, const Window& w, int seams, int first,
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float &x = p[n].v[i], &dx = ds[n].v[i];
-      const bool masked = CAREFUL && x == -INFINITY;  // no gradient, whatever dP is
-      x = masked ? 0.0f : exp2_approx(x - (i % 2 == 0 ? terms.x : terms.z));
+      const bool masked = CAREFUL && x == -INFINITY;  // no gradient, whatever P and dP are
+      x = exp2_approx(x - (i % 2 == 0 ? terms.x : terms.z));
       dx = masked ? 0.0f : x * (dx - (i % 2 == 0 ? terms.y : terms.w));
     }
   }
@@ -193,14 +193,18 @@ VK_DEVICE void add_pairs(const Window& w, const Args& a, int first, int pitch) {
 template <DType TYPE, int D, int F>
 VK_DEVICE void fill_units(const Window& w, int first, int N) {
   constexpr int kChunks = D / 8;
-  const int i = static_cast<int>(threadIdx.x), row = i / kChunks;
-  if (i >= 8 * F * kChunks || first + row >= padded_rows(N)) return;
-  const auto* from = reinterpret_cast<const uint32_t*>(chunk_at<D>(w.q, first + row, i % kChunks));
-  auto* to = reinterpret_cast<uint32_t*>(chunk_at<D>(w.units, row, i % kChunks));
+  const int count = min(8 * F, padded_rows(N) - first) * kChunks;
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+    const int row = i / kChunks;
+    const float by = w.inverse[first + row];
+    const auto* from =
+        reinterpret_cast<const uint32_t*>(chunk_at<D>(w.q, first + row, i % kChunks));
+    auto* to = reinterpret_cast<uint32_t*>(chunk_at<D>(w.units, row, i % kChunks));
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const float2 x = unpack<TYPE>(from[j]);
-    to[j] = pack<TYPE>(x.x * w.inverse[first + row], x.y * w.inverse[first + row]);
+    for (int j = 0; j < 4; ++j) {
+      const float2 x = unpack<TYPE>(from[j]);
+      to[j] = pack<TYPE>(x.x * by, x.y * by);
+    }
   }
 }
 

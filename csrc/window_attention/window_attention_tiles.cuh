@@ -179,7 +179,8 @@ VK_DEVICE float inverse_length(char* tile, int row) {
       sum = fmaf(x.x, x.x, fmaf(x.y, x.y, sum));
     }
   }
-  return 1.0f / fmaxf(sqrtf(sum), 1e-12f);
+  const float length = sqrtf(sum);
+  return 1.0f / (length < 1e-12f ? 1e-12f : length);  // NaN stays NaN
 }
 
 // The row becomes a unit vector.
