@@ -166,7 +166,7 @@ VK_DEVICE uint32_t rounded(const FragmentC& c, int half, bool inside) {
 
 // ---- Cosines
 
-// 1 / max(|x|, 1e-12) of a row.
+// 1 / max(|x|, 1e-12) of a row; NaN stays NaN.
 template <DType TYPE, int D>
 VK_DEVICE float inverse_length(char* tile, int row) {
   float sum = 0.0f;
@@ -180,7 +180,7 @@ VK_DEVICE float inverse_length(char* tile, int row) {
     }
   }
   const float length = sqrtf(sum);
-  return 1.0f / (length < 1e-12f ? 1e-12f : length);  // NaN stays NaN
+  return 1.0f / (length < 1e-12f ? 1e-12f : length);
 }
 
 // The row becomes a unit vector.
