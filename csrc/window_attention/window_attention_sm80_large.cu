@@ -12,7 +12,7 @@
 // bias is one load from the head's column of the table at the difference of two tokens' offsets.
 //
 // Grid: heads * groups blocks of a warp for each 16 or 32 queries; 58 KB of shared memory at 144
-// tokens, 103 KB at 256; one barrier a window, two with cosines. Launch settings:
+// tokens, 104 KB at 256; one barrier a window, two with cosines. Launch settings:
 // window_attention_plan_sm80_large.h.
 #include "window_attention/window_attention_sm80_large.cuh"
 

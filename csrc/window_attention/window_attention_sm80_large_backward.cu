@@ -16,7 +16,7 @@
 // are the pairs of four entries of the table, which no other thread adds to. add_partials adds the
 // blocks' columns in order.
 //
-// Grid: heads * groups blocks of a warp for each 16 keys; 92 KB of shared memory at 144 tokens, 157
+// Grid: heads * groups blocks of a warp for each 16 keys; 94 KB of shared memory at 144 tokens, 162
 // KB at 256; two barriers a window and two for 8 F queries. Launch settings:
 // window_attention_plan_sm80_large.h.
 #include "window_attention/window_attention_sm80_large.cuh"
