@@ -2,9 +2,9 @@
 // head dim 32, with and without shift and cosines; no dropout.
 //
 // At 16 x 16 tokens a head of a window is 65,536 exponentials, 4,096 cycles of a multiprocessor,
-// for 64 KB of q, k, v and out (2,000 cycles of its share of an H200's memory) and 8.4 MFLOP (1,500
-// cycles of mma.sync at half the peak of wgmma). So exponentials are of real pairs only: columns in
-// eights, rows in sixteens, and 12 x 12 and 16 x 16 have no padding at all.
+// for 64 KB of q, k, v and out (3,700 cycles of its share of an H200's memory) and 8.4 MFLOP (2,600
+// cycles at the rate of wgmma, more at that of mma.sync). So exponentials are of real pairs only:
+// columns in eights, rows in sixteens, and 12 x 12 and 16 x 16 have no padding at all.
 //
 // A block has one head and goes through the windows of its group; q, k and v of the next are under
 // way into the other half of shared memory. A warp takes 16 queries: their rows are A of S = Q K^T,

@@ -1,7 +1,8 @@
 // Backward of window_attention on sm_80 tensor cores: what window_attention_sm80_large.cu serves.
 //
-// At 16 x 16 tokens a head of a window is 112 KB of q, k, v, dout and gradients and 21 MFLOP, some
-// 3,500 cycles of a multiprocessor's share of an H200 each, and 65,536 exponentials, 4,096 cycles.
+// At 16 x 16 tokens a head of a window is 128 KB of q, k, v, out, dout and gradients, 7,400 cycles
+// of a multiprocessor's share of an H200's memory, 21 MFLOP, 6,500 cycles at the rate of wgmma, and
+// 65,536 exponentials, 4,096 cycles.
 //
 // A block has one head and goes through the windows of its group, the tiles of the next under way.
 // Warp w owns keys 16 w to 16 w + 15, k and v of them as A in registers; the block takes 8 F
