@@ -10,6 +10,7 @@
 #include "common/cpu_isa.h"
 #include "window_attention/window_attention_plan_simt.h"
 #include "window_attention/window_attention_plan_sm90.h"
+#include "window_attention/window_attention_plan_sm80_large.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -83,4 +84,16 @@ PYBIND11_MODULE(_C, m) {
       py::arg("Wh"), py::arg("Ww"), py::arg("shift_h"), py::arg("shift_w"),
       "Where window_attention's sm_90 kernels keep the tokens of a window: parts as (row, y, x, "
       "height, width).");
+  m.def(
+      "window_attention_sm80_large_plan",
+      [](int64_t windows, int N, int table_rows, int heads, int D, int multiprocessors,
+         int architecture, bool cosine, bool backward) {
+        const auto p = vitkernels::window_attention::sm80_large::plan(
+            windows, N, table_rows, heads, D, multiprocessors, architecture, cosine, backward);
+        return py::dict("groups"_a = p.groups, "blocks"_a = p.blocks, "warps"_a = p.warps,
+                        "fragments"_a = p.fragments, "shared_bytes"_a = p.shared_bytes);
+      },
+      py::arg("windows"), py::arg("N"), py::arg("table_rows"), py::arg("heads"), py::arg("D"),
+      py::arg("multiprocessors"), py::arg("architecture"), py::arg("cosine"), py::arg("backward"),
+      "Launch settings of window_attention's sm_80 kernels for 65 to 256 tokens.");
 }

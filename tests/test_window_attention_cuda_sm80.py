@@ -74,7 +74,7 @@ def test_repeats_are_bitwise_equal_and_unwanted_gradients_change_nothing():
     [
         ({"dtype": FP32}, "bf16 and fp16"),
         ({"D": 64}, "head dim 32"),
-        ({"window": 9}, "64 tokens"),
+        ({"window": 17}, "256 tokens"),
         ({"dropout_p": 0.5}, "dropout"),
     ],
     ids=str,

@@ -24,8 +24,10 @@ MapView map_of(const Tensor& t, Tensor* owner) {
 }
 
 // Sizes, parameters and options of either direction.
-Args args_of(const Tensor& qkv, const Options& o, Tensor* owner, const char* op) {
+Args args_of(const Device& device, const Tensor& qkv, const Options& o, Tensor* owner,
+             const char* op) {
   Args args{};
+  args.architecture = device.architecture();
   set_sizes(&args, qkv, o, is_here, kPlace, op);
   for (int d = 0; d < 4; ++d)
     VK_CHECK(qkv.size(d) <= INT32_MAX, op, "qkv dimension ", d, " must be below 2^31, got ",
@@ -57,7 +59,7 @@ std::tuple<Tensor, Tensor> window_attention_fwd(Tensor qkv, Tensor bias_table,
   const Options options{bias_table, logit_scale, seed,      window_h, window_w,
                         shift_h,    shift_w,     num_heads, scale,    dropout_p};
   Tensor owner_of_qkv, owner_of_out;
-  Args args = args_of(qkv, options, &owner_of_qkv, op);
+  Args args = args_of(device, qkv, options, &owner_of_qkv, op);
   Tensor out = empty_like_shape(qkv, map_shape(args, 1), qkv.scalar_type());
   Tensor lse = empty_like_shape(qkv, lse_shape(args), ScalarType::Float);
   args.out = map_of(out, &owner_of_out);
@@ -90,7 +92,7 @@ std::tuple<OptTensor, OptTensor, OptTensor> window_attention_bwd(
   const Options options{bias_table, logit_scale, seed,      window_h, window_w,
                         shift_h,    shift_w,     num_heads, scale,    dropout_p};
   Tensor owners[4];
-  Args args = args_of(qkv, options, &owners[0], op);
+  Args args = args_of(device, qkv, options, &owners[0], op);
   check_like(dout, map_shape(args, 1), qkv.scalar_type(), is_here, kPlace, op, "dout");
   check_like(out, map_shape(args, 1), qkv.scalar_type(), is_here, kPlace, op, "out");
   check_like(lse, lse_shape(args), ScalarType::Float, is_here, kPlace, op, "lse");

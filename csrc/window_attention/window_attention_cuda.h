@@ -33,7 +33,8 @@ struct Args {
   const void* logit_scale;  // one per head; null: `scale` times the product, not the cosine
   int64_t logit_step;
   DType logit_dtype;
-  Dropout dropout;  // counter: flat index in (B, windows, heads, N, N)
+  Dropout dropout;   // counter: flat index in (B, windows, heads, N, N)
+  int architecture;  // of the device: 10 * major + minor of its compute capability
 
   // Backward only. `out` is then given, and may have any strides.
   MapView dout;

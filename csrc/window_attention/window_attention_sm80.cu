@@ -1,5 +1,6 @@
 // Forward of window_attention on sm_80 tensor cores (mma.sync, ldmatrix, cp.async): bf16 and fp16,
-// head dim 32, windows to 64 tokens, with and without shift and cosines; no dropout.
+// head dim 32, windows to 64 tokens, with and without shift and cosines; no dropout. Larger
+// windows: window_attention_sm80_large.cu.
 //
 // A block has one head and goes through the windows of its group: while one is computed, q, k and v
 // of the next are under way into the other half of shared memory. Warp w owns query rows 16 w to
@@ -97,9 +98,13 @@ void launch(const Device& device, const Args& a) {
 
 }  // namespace
 
-Refusal sm80_refuses_forward(const Args& args) { return refuses(args); }
+Refusal sm80_refuses_forward(const Args& args) {
+  const Refusal why = refuses(args);
+  return why.empty() ? refuses_large(args, false) : why;
+}
 
 void forward_sm80(const Device& device, const Tensor&, const Args& args) {
+  if (args.tokens() > kTile) return forward_large(device, args);
   if (args.dtype == DType::kBF16)
     launch<DType::kBF16>(device, args);
   else

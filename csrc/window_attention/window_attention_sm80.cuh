@@ -15,6 +15,7 @@
 #include "common/swizzle.cuh"
 #include "window_attention/window_attention_cuda.h"
 #include "window_attention/window_attention_plan_sm80.h"
+#include "window_attention/window_attention_plan_sm80_large.h"
 #include "window_attention/window_attention_tiles.cuh"
 
 namespace vitkernels::window_attention::sm80 {
@@ -89,14 +90,15 @@ VK_DEVICE void begin_tiles(char* tiles, const Args& a, const MapView& map, int64
   }
 }
 
-// Stores a warp's 16 rows, row r of its half h times by[h], by way of its rows of `tile`.
+// Stores a warp's 16 rows, row r of its half h times by[h], by way of its rows of `tile`, which are
+// those of the window from `first` on.
 template <DType TYPE, int D>
 VK_DEVICE void store_rows(const FragmentC (&x)[D / 8], const float (&by)[2], char* tile,
                           const Args& a, const MapView& map, int64_t channel,
-                          const WindowPlace& place, const int* tokens, int N) {
+                          const WindowPlace& place, const int* tokens, int N,
+                          int first = static_cast<int>(threadIdx.x) / kWarp * 16) {
   constexpr int kChunks = D / 8, kStep = kWarp / kChunks;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int first = static_cast<int>(threadIdx.x) / kWarp * 16;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first + lane / 4 + 8 * half;
@@ -209,14 +211,30 @@ VK_DEVICE void finish_scores(FragmentC (&s)[8], float by, const float4* bias, co
   }
 }
 
-// ---- Host: what either direction refuses
+// ---- Host: kernels of other files, and what either direction refuses
+
+void forward_large(const Device& device, const Args& a);
+void backward_large(const Device& device, const Tensor& like, const Args& a);
 
 inline Refusal refuses(const Args& a) {
   if (a.dtype == DType::kF32) return "it takes bf16 and fp16";
   if (a.D != 32) return "it takes head dim 32";
-  if (a.tokens() > kTile) return "it takes windows to 64 tokens";
+  if (a.tokens() > sm80_large::kMostTokens) return "it takes windows to 256 tokens";
   if (a.dropout.seed != nullptr) return "it has no dropout";
   if (!on_lines(a, a.qkv)) return "pixels of qkv must begin on 16-byte lines";
+  return "";
+}
+
+// What only the kernels for more than 64 tokens refuse: they need more shared memory, and read out.
+inline Refusal refuses_large(const Args& a, bool backward) {
+  if (a.tokens() <= kTile) return "";
+  const bool cosine = a.logit_scale != nullptr;
+  const int64_t bytes = backward
+                            ? sm80_large::backward_shared(a.tokens(), a.table_rows(), a.D, cosine)
+                            : sm80_large::forward_shared(a.tokens(), a.table_rows(), a.D, cosine);
+  if (!sm80_large::fits(bytes, a.architecture))
+    return "the window needs more shared memory than the device has";
+  if (backward && !on_lines(a, a.out)) return "pixels of out must begin on 16-byte lines";
   return "";
 }
 

@@ -219,10 +219,12 @@ void add_partials(const Device& device, const Args& a, int64_t groups, const flo
 Refusal sm80_refuses_backward(const Args& args) {
   const Refusal why = refuses(args);
   if (!why.empty()) return why;
-  return on_lines(args, args.dout) ? "" : "pixels of dout must begin on 16-byte lines";
+  if (!on_lines(args, args.dout)) return "pixels of dout must begin on 16-byte lines";
+  return refuses_large(args, true);
 }
 
 void backward_sm80(const Device& device, const Tensor& like, const Args& args) {
+  if (args.tokens() > kTile) return backward_large(device, like, args);
   if (args.dtype == DType::kBF16)
     launch<DType::kBF16>(device, like, args);
   else
