@@ -16,7 +16,7 @@ constexpr int padded(int n) { return tiles(n) * kTile; }
 
 // Columns of scores that the forward takes at once while more than all but a tile of them are left;
 // then one tile at a time. Beside a bias registers do for fewer.
-constexpr int forward_columns(bool masks) { return masks ? 32 : 48; }
+constexpr int forward_columns(bool masks) { return masks ? 16 : 48; }
 
 // Threads of a block at most, and blocks on a multiprocessor, which bound the registers.
 constexpr int kForwardThreads = 256;
@@ -27,6 +27,10 @@ template <int HEAD_DIM>
 constexpr int kBackwardThreads = backward_threads(HEAD_DIM);
 template <int HEAD_DIM>
 constexpr int kBackwardBlocks = HEAD_DIM <= 64 ? 2 : 1;
+
+// Whether the backward keeps the rows' dout, or v, in registers as well, or loads them for each
+// step.
+constexpr bool keeps_rows(int head_dim, bool masks) { return head_dim <= 112 && !masks; }
 
 // Bytes of shared memory of a multiprocessor and of what a block may ask for; a block costs
 // kReserve more than it asks for.

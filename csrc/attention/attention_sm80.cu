@@ -3,7 +3,7 @@
 //
 // A block has one (batch item, head): q, k and v go to shared memory once, by asynchronous copies
 // that are all issued at the start. A warp owns tiles of 16 queries: S = Q K^T for 48 keys in
-// registers (32 beside a bias, 16 at the end), softmax with a running maximum by quads of lanes,
+// registers (16 beside a bias, and at the end), softmax with a running maximum by quads of lanes,
 // P rounded to 16 bits becomes the A operand of O += P V where it is.
 //
 // Grid: B * H blocks of up to 8 warps (197 queries: 7, two tiles each but for one), two on a
@@ -32,7 +32,7 @@ template <DType TYPE, int HEAD_DIM, Masks MASKS, int COUNT>
 VK_DEVICE void attend(FragmentC (&o)[HEAD_DIM / 8], Softmax& row, const Args& a, const Head& head,
                       const FragmentA (&q)[HEAD_DIM / 16], char* k, char* v, int query, int first) {
   FragmentC s[COUNT];
-  multiply_rows<TYPE, HEAD_DIM, COUNT>(s, q, k + first * 2 * HEAD_DIM);
+  multiply_rows<TYPE, HEAD_DIM, COUNT>(s, q, k, first);
   finish_scores<MASKS, false, COUNT>(s, a, head, query,
                                      first + static_cast<int>(threadIdx.x) % 4 * 2);
 #pragma unroll
@@ -60,7 +60,7 @@ VK_DEVICE void attend(FragmentC (&o)[HEAD_DIM / 8], Softmax& row, const Args& a,
   }
 #pragma unroll
   for (int n = 0; n < COUNT; n += 2)
-    multiply_step<TYPE, HEAD_DIM>(o, s[n], s[n + 1], v + (first + n * 8) * 2 * HEAD_DIM);
+    multiply_step<TYPE, HEAD_DIM>(o, s[n], s[n + 1], v, first + n * 8);
 }
 
 template <DType TYPE, int HEAD_DIM, Masks MASKS>
@@ -104,9 +104,11 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<HEAD_DIM>)
     FragmentC o[HEAD_DIM / 8] = {};
     Softmax row;
     int first = 0;
+    if constexpr (kColumns > kTile) {
 #pragma unroll 1
-    for (; a.Nk - first > kColumns - kTile; first += kColumns)
-      attend<TYPE, HEAD_DIM, MASKS, kColumns / 8>(o, row, a, head, fq, k, v, query, first);
+      for (; a.Nk - first > kColumns - kTile; first += kColumns)
+        attend<TYPE, HEAD_DIM, MASKS, kColumns / 8>(o, row, a, head, fq, k, v, query, first);
+    }
 #pragma unroll 1
     for (; first < a.Nk; first += kTile)
       attend<TYPE, HEAD_DIM, MASKS, kTile / 8>(o, row, a, head, fq, k, v, query, first);

@@ -41,13 +41,24 @@ VK_DEVICE Rows rows_of(const HeadView& view, const Head& head, int N) {
           N};
 }
 
-// Where 16 bytes of a row are. Chunks change places so that those of one column in eight rows lie
-// in eight different groups of banks, for any even number of chunks to a row.
+// Where 16 bytes of a row are. Chunks change places within groups so that those of one column in
+// eight rows lie in eight different groups of banks, for any even number of chunks to a row.
 template <int HEAD_DIM>
-VK_DEVICE char* chunk_at(char* tile, int row, int chunk) {
-  constexpr int kChunks = HEAD_DIM / 8;
-  constexpr int kGroup = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
-  return tile + (row * kChunks + (chunk ^ (row / (8 / kGroup) % kGroup))) * 16;
+constexpr int kChunkGroup = HEAD_DIM % 64 == 0   ? 8
+                            : HEAD_DIM % 32 == 0 ? 4
+                                                 : 2;
+
+template <int HEAD_DIM>
+VK_DEVICE int chunk_offset(int row, int chunk) {
+  constexpr int kGroup = kChunkGroup<HEAD_DIM>;
+  return (row * (HEAD_DIM / 8) + (chunk ^ (row / (8 / kGroup) % kGroup))) * 16;
+}
+
+// From the offset of a row's chunk 0 or 1 to that of the chunk `on` further, an even number.
+template <int HEAD_DIM>
+VK_DEVICE int further(int offset, int on) {
+  const int in_group = on % kChunkGroup<HEAD_DIM>;
+  return (offset ^ in_group * 16) + (on - in_group) * 16;
 }
 
 // Begins to copy `count` rows of each of two operands, from row `first` on; by `threads` threads,
@@ -62,9 +73,9 @@ VK_DEVICE void begin_pair(char* tile_a, const Rows& a, char* tile_b, const Rows&
     const bool inside = first + row < a.N && chunk * 8 < D;
     const int64_t source = inside ? first + row : 0;
     const int column = inside ? chunk * 8 : 0, bytes = inside ? 16 : 0;
-    copy_async<16>(chunk_at<HEAD_DIM>(tile_a, row, chunk), a.data + source * a.stride + column,
+    copy_async<16>(tile_a + chunk_offset<HEAD_DIM>(row, chunk), a.data + source * a.stride + column,
                    bytes);
-    copy_async<16>(chunk_at<HEAD_DIM>(tile_b, row, chunk), b.data + source * b.stride + column,
+    copy_async<16>(tile_b + chunk_offset<HEAD_DIM>(row, chunk), b.data + source * b.stride + column,
                    bytes);
   }
 }
@@ -78,7 +89,7 @@ VK_DEVICE void begin_rows(char* tile, const Rows& a, int first, int count, int D
     const int row = i / kChunks, chunk = i % kChunks;
     const bool inside = first + row < a.N && chunk * 8 < D;
     const int64_t source = inside ? first + row : 0;
-    copy_async<16>(chunk_at<HEAD_DIM>(tile, row, chunk),
+    copy_async<16>(tile + chunk_offset<HEAD_DIM>(row, chunk),
                    a.data + source * a.stride + (inside ? chunk * 8 : 0), inside ? 16 : 0);
   }
 }
@@ -137,18 +148,21 @@ VK_DEVICE void store_tile(const FragmentC (&x)[HEAD_DIM / 8], const float (&by)[
 // ---- Products of a warp's 16 rows
 
 template <int HEAD_DIM>
-VK_DEVICE void load_tile(FragmentA (&a)[HEAD_DIM / 16], char* tile) {
+VK_DEVICE void load_tile(FragmentA (&a)[HEAD_DIM / 16], const char* tile) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int offset = chunk_offset<HEAD_DIM>(lane % 16, lane / 16);
 #pragma unroll
   for (int step = 0; step < HEAD_DIM / 16; ++step)
-    load_matrices(a[step].r, chunk_at<HEAD_DIM>(tile, lane % 16, step * 2 + lane / 16));
+    load_matrices(a[step].r, tile + further<HEAD_DIM>(offset, step * 2));
 }
 
-// c = a b^T for COUNT * 8 rows of `b`.
+// c = a b^T for COUNT * 8 rows of `b` from row `first`, a multiple of 16, on.
 template <DType TYPE, int HEAD_DIM, int COUNT>
-VK_DEVICE void multiply_rows(FragmentC (&c)[COUNT], const FragmentA (&a)[HEAD_DIM / 16], char* b) {
+VK_DEVICE void multiply_rows(FragmentC (&c)[COUNT], const FragmentA (&a)[HEAD_DIM / 16],
+                             const char* b, int first) {
   constexpr int kRow = 2 * HEAD_DIM;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int offset = first * kRow + chunk_offset<HEAD_DIM>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
   for (int n = 0; n < COUNT; ++n) c[n] = {};
 #pragma unroll
@@ -156,24 +170,26 @@ VK_DEVICE void multiply_rows(FragmentC (&c)[COUNT], const FragmentA (&a)[HEAD_DI
 #pragma unroll
     for (int n = 0; n < COUNT; n += 2) {  // matrices: rows n (k low, k high), then n + 1
       uint32_t r[4];
-      load_matrices(r, chunk_at<HEAD_DIM>(b + n * kRow * 8, lane / 16 * 8 + lane % 8,
-                                          step * 2 + lane / 8 % 2));
+      load_matrices(r, b + further<HEAD_DIM>(offset, step * 2) + n * 8 * kRow);
       mma_m16n8k16<TYPE>(c[n], a[step], FragmentB{{r[0], r[1]}});
       mma_m16n8k16<TYPE>(c[n + 1], a[step], FragmentB{{r[2], r[3]}});
     }
 }
 
-// c += a b for 16 rows of `b`; `a` is rounded from two neighbours in C's form.
+// c += a b for 16 rows of `b` from row `first`, a multiple of 16, on; `a` is rounded from two
+// neighbours in C's form.
 template <DType TYPE, int HEAD_DIM>
 VK_DEVICE void multiply_step(FragmentC (&c)[HEAD_DIM / 8], const FragmentC& low,
-                             const FragmentC& high, char* b) {
+                             const FragmentC& high, const char* b, int first) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int offset =
+      first * 2 * HEAD_DIM + chunk_offset<HEAD_DIM>(lane / 8 % 2 * 8 + lane % 8, lane / 16);
   const FragmentA a = {{pack<TYPE>(low.v[0], low.v[1]), pack<TYPE>(low.v[2], low.v[3]),
                         pack<TYPE>(high.v[0], high.v[1]), pack<TYPE>(high.v[2], high.v[3])}};
 #pragma unroll
   for (int n = 0; n < HEAD_DIM / 8; n += 2) {  // matrices: chunk n (rows low, high), then n + 1
     uint32_t r[4];
-    load_matrices_transposed(r, chunk_at<HEAD_DIM>(b, lane / 8 % 2 * 8 + lane % 8, n + lane / 16));
+    load_matrices_transposed(r, b + further<HEAD_DIM>(offset, n));
     mma_m16n8k16<TYPE>(c[n], a, FragmentB{{r[0], r[1]}});
     mma_m16n8k16<TYPE>(c[n + 1], a, FragmentB{{r[2], r[3]}});
   }

@@ -81,6 +81,7 @@ template <DType TYPE, int HEAD_DIM, Masks MASKS, bool BY_KEY>
 VK_DEVICE void run_pass(const Pass& pass, const Args& a, const Head& head, const float* center,
                         const float* delta, bool whole) {
   constexpr int kTileBytes = kTile * 2 * HEAD_DIM;
+  constexpr bool kKeep = keeps_rows(HEAD_DIM, MASKS == Masks::kAny);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int warps = static_cast<int>(blockDim.x) / kWarp;
@@ -95,12 +96,14 @@ VK_DEVICE void run_pass(const Pass& pass, const Args& a, const Head& head, const
       __syncwarp();  // what its lanes have copied is there
     }
     load_tile<HEAD_DIM>(rows_0, own[0]);
-    load_tile<HEAD_DIM>(rows_1, own[1]);
-    if (!whole && tile + warps < row_tiles) {
+    if constexpr (kKeep) load_tile<HEAD_DIM>(rows_1, own[1]);
+    const auto begin_next = [&] {
+      if (whole || tile + warps >= row_tiles) return;
       __syncwarp();  // all lanes have read
       begin_operands<HEAD_DIM, BY_KEY>(own, a, head, tile + warps, 1, lane, kWarp);
       commit_copies();
-    }
+    };
+    if constexpr (kKeep) begin_next();
     const int row = tile * kTile + lane / 4;
     float row_center[2], row_delta[2];
     if (!BY_KEY) {
@@ -111,12 +114,12 @@ VK_DEVICE void run_pass(const Pass& pass, const Args& a, const Head& head, const
     FragmentC sums_0[HEAD_DIM / 8] = {}, sums_1[BY_KEY ? HEAD_DIM / 8 : 1] = {};
 #pragma unroll 1
     for (int first = 0; first < columns; first += kTile) {
-      const int at = first * 2 * HEAD_DIM;
       FragmentC s[2], dp[2];
-      multiply_rows<TYPE, HEAD_DIM, 2>(s, rows_0, pass.columns[0] + at);
+      multiply_rows<TYPE, HEAD_DIM, 2>(s, rows_0, pass.columns[0], first);
       const int column = first + lane % 4 * 2;
       finish_scores<MASKS, BY_KEY, 2>(s, a, head, row, column);
-      multiply_rows<TYPE, HEAD_DIM, 2>(dp, rows_1, pass.columns[1] + at);
+      if constexpr (!kKeep) load_tile<HEAD_DIM>(rows_1, own[1]);
+      multiply_rows<TYPE, HEAD_DIM, 2>(dp, rows_1, pass.columns[1], first);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         float2 column_center, column_delta;
@@ -133,9 +136,11 @@ VK_DEVICE void run_pass(const Pass& pass, const Args& a, const Head& head, const
             differentiate(s[n].v[i], dp[n].v[i], row_center[i / 2], row_delta[i / 2]);
         }
       }
-      multiply_step<TYPE, HEAD_DIM>(sums_0, dp[0], dp[1], pass.columns[0] + at);
-      if constexpr (BY_KEY) multiply_step<TYPE, HEAD_DIM>(sums_1, s[0], s[1], pass.columns[1] + at);
+      multiply_step<TYPE, HEAD_DIM>(sums_0, dp[0], dp[1], pass.columns[0], first);
+      if constexpr (BY_KEY)
+        multiply_step<TYPE, HEAD_DIM>(sums_1, s[0], s[1], pass.columns[1], first);
     }
+    if constexpr (!kKeep) begin_next();
     const HeadView& to = BY_KEY ? a.dk : a.dq;
     if (to.data != nullptr)
       store_tile<TYPE, HEAD_DIM>(sums_0, {a.scale, a.scale},
