@@ -41,9 +41,9 @@ VK_DEVICE void begin_operands(char* const (&to)[2], const Args& a, const Head& h
                        thread, threads);
 }
 
-// Before the block's barrier: out of lse and delta for each query.
+// lse in units of log2 (0 where it is -inf) and delta of each query, for after the block's barrier.
 template <DType TYPE>
-VK_DEVICE void fill_row_sums(float* center, float* delta, const Args& a, const Head& head) {
+VK_DEVICE void fill_row_sums(float2* row_sums, const Args& a, const Head& head) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 4;
   const Rows dout = rows_of(a.dout, head, a.Nq), out = rows_of(a.out, head, a.Nq);
   const float* lse = a.lse + static_cast<int64_t>(blockIdx.x) * a.Nq;
@@ -65,21 +65,20 @@ VK_DEVICE void fill_row_sums(float* center, float* delta, const Args& a, const H
     sum = quad_sum(sum);
     if (lane != 0) continue;
     const float given = row < a.Nq ? lse[row] : 0.0f;
-    center[row] = given == -INFINITY ? 0.0f : given * kLog2e;
-    delta[row] = sum;
+    row_sums[row] = make_float2(given == -INFINITY ? 0.0f : given * kLog2e, sum);
   }
 }
 
 // Scores and dP of one element become P and dS. A masked key has no gradient, whatever dP is.
-VK_DEVICE void differentiate(float& s, float& dp, float center, float delta) {
+VK_DEVICE void differentiate(float& s, float& dp, float lse, float delta) {
   const bool masked = s == -INFINITY;
-  s = exp2f(s - center);
+  s = exp2f(s - lse);
   dp = masked ? 0.0f : s * (dp - delta);
 }
 
 template <DType TYPE, int HEAD_DIM, Masks MASKS, bool BY_KEY>
-VK_DEVICE void run_pass(const Pass& pass, const Args& a, const Head& head, const float* center,
-                        const float* delta, bool whole) {
+VK_DEVICE void run_pass(const Pass& pass, const Args& a, const Head& head, const float2* row_sums,
+                        bool whole) {
   constexpr int kTileBytes = kTile * 2 * HEAD_DIM;
   constexpr bool kKeep = keeps_rows(HEAD_DIM, MASKS == Masks::kAny);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -105,12 +104,8 @@ VK_DEVICE void run_pass(const Pass& pass, const Args& a, const Head& head, const
     };
     if constexpr (kKeep) begin_next();
     const int row = tile * kTile + lane / 4;
-    float row_center[2], row_delta[2];
-    if (!BY_KEY) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        row_center[half] = center[row + 8 * half], row_delta[half] = delta[row + 8 * half];
-    }
+    float2 of_query[2];
+    if constexpr (!BY_KEY) of_query[0] = row_sums[row], of_query[1] = row_sums[row + 8];
     FragmentC sums_0[HEAD_DIM / 8] = {}, sums_1[BY_KEY ? HEAD_DIM / 8 : 1] = {};
 #pragma unroll 1
     for (int first = 0; first < columns; first += kTile) {
@@ -122,23 +117,19 @@ VK_DEVICE void run_pass(const Pass& pass, const Args& a, const Head& head, const
       multiply_rows<TYPE, HEAD_DIM, 2>(dp, rows_1, pass.columns[1], first);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        float2 column_center, column_delta;
-        if (BY_KEY) {
-          column_center = *reinterpret_cast<const float2*>(center + column + n * 8);
-          column_delta = *reinterpret_cast<const float2*>(delta + column + n * 8);
+        if constexpr (BY_KEY) {
+          const float4 two = *reinterpret_cast<const float4*>(row_sums + column + n * 8);
+          of_query[0] = make_float2(two.x, two.y), of_query[1] = make_float2(two.z, two.w);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if (BY_KEY)
-            differentiate(s[n].v[i], dp[n].v[i], i % 2 == 0 ? column_center.x : column_center.y,
-                          i % 2 == 0 ? column_delta.x : column_delta.y);
-          else
-            differentiate(s[n].v[i], dp[n].v[i], row_center[i / 2], row_delta[i / 2]);
+          const float2 query = of_query[BY_KEY ? i % 2 : i / 2];
+          differentiate(s[n].v[i], dp[n].v[i], query.x, query.y);
         }
       }
-      multiply_step<TYPE, HEAD_DIM>(sums_0, dp[0], dp[1], pass.columns[0], first);
       if constexpr (BY_KEY)
         multiply_step<TYPE, HEAD_DIM>(sums_1, s[0], s[1], pass.columns[1], first);
+      multiply_step<TYPE, HEAD_DIM>(sums_0, dp[0], dp[1], pass.columns[0], first);
     }
     if constexpr (!kKeep) begin_next();
     const HeadView& to = BY_KEY ? a.dk : a.dq;
@@ -169,17 +160,16 @@ __global__ void __launch_bounds__(kBackwardThreads<HEAD_DIM>, kBackwardBlocks<HE
   const int room = whole ? key_tiles : most, other_room = whole ? query_tiles : slots;
   char* const first = shared;
   char* const second = first + 2 * room * kTileBytes;
-  auto* const center = reinterpret_cast<float*>(second + 2 * other_room * kTileBytes);
-  float* const delta = center + query_tiles * kTile;
+  auto* const row_sums = reinterpret_cast<float2*>(second + 2 * other_room * kTileBytes);
 
   Pass pass = {{second, second + other_room * kTileBytes}, {first, first + room * kTileBytes}};
   begin_operands<HEAD_DIM, true>(pass.columns, a, head, 0, key_tiles, thread, threads);
   begin_operands<HEAD_DIM, false>(pass.rows, a, head, 0, other_room, thread, threads);
   commit_copies();
-  fill_row_sums<TYPE>(center, delta, a, head);
+  fill_row_sums<TYPE>(row_sums, a, head);
   wait_copies<0>();
   __syncthreads();
-  if (by_query) run_pass<TYPE, HEAD_DIM, MASKS, false>(pass, a, head, center, delta, whole);
+  if (by_query) run_pass<TYPE, HEAD_DIM, MASKS, false>(pass, a, head, row_sums, whole);
   if (!by_key) return;
   if (whole) {
     pass = {{pass.columns[0], pass.columns[1]}, {pass.rows[0], pass.rows[1]}};
@@ -191,7 +181,7 @@ __global__ void __launch_bounds__(kBackwardThreads<HEAD_DIM>, kBackwardBlocks<HE
     wait_copies<0>();
     __syncthreads();
   }
-  run_pass<TYPE, HEAD_DIM, MASKS, true>(pass, a, head, center, delta, whole);
+  run_pass<TYPE, HEAD_DIM, MASKS, true>(pass, a, head, row_sums, whole);
 }
 
 template <DType TYPE>
