@@ -69,11 +69,44 @@ VK_DEVICE void fill_row_sums(float2* row_sums, const Args& a, const Head& head) 
   }
 }
 
-// Scores and dP of one element become P and dS. A masked key has no gradient, whatever dP is.
-VK_DEVICE void differentiate(float& s, float& dp, float lse, float delta) {
-  const bool masked = s == -INFINITY;
-  s = exp2f(s - lse);
-  dp = masked ? 0.0f : s * (dp - delta);
+// Whether delta is rowsum(P dP) instead: all keys are in one tile, where that costs nothing; `out`
+// is rounded, and few keys do not average that.
+VK_DEVICE bool sums_in_tile(const Args& a) { return a.Nk <= kTile; }
+
+// Scores and dP of 16 x 16 become P and dS. of_query: lse and delta, by half of the rows, or by
+// column. keys: rows of the thread's own that exist, counted from its first. A masked key has no
+// gradient, whatever dP is.
+template <bool BY_KEY>
+VK_DEVICE void differentiate(FragmentC (&s)[2], FragmentC (&dp)[2], float2 (&of_query)[4],
+                             bool sums_here, int keys) {
+  bool masked[8];
+  float sums[4] = {};
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int query = BY_KEY ? 2 * n + i % 2 : i / 2;
+      masked[4 * n + i] = s[n].v[i] == -INFINITY;
+      s[n].v[i] = exp2f(s[n].v[i] - of_query[query].x);
+      if (!BY_KEY || i / 2 * 8 < keys) sums[query] = fmaf(s[n].v[i], dp[n].v[i], sums[query]);
+    }
+  if (sums_here) {
+#pragma unroll
+    for (int query = 0; query < (BY_KEY ? 4 : 2); ++query) {
+      float sum = sums[query];
+#pragma unroll
+      for (int lanes = BY_KEY ? 4 : 1; lanes < (BY_KEY ? 32 : 4); lanes *= 2)
+        sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+      of_query[query].y = sum;
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float delta = of_query[BY_KEY ? 2 * n + i % 2 : i / 2].y;
+      dp[n].v[i] = masked[4 * n + i] ? 0.0f : s[n].v[i] * (dp[n].v[i] - delta);
+    }
 }
 
 template <DType TYPE, int HEAD_DIM, Masks MASKS, bool BY_KEY>
@@ -104,7 +137,7 @@ VK_DEVICE void run_pass(const Pass& pass, const Args& a, const Head& head, const
     };
     if constexpr (kKeep) begin_next();
     const int row = tile * kTile + lane / 4;
-    float2 of_query[2];
+    float2 of_query[4];
     if constexpr (!BY_KEY) of_query[0] = row_sums[row], of_query[1] = row_sums[row + 8];
     FragmentC sums_0[HEAD_DIM / 8] = {}, sums_1[BY_KEY ? HEAD_DIM / 8 : 1] = {};
 #pragma unroll 1
@@ -115,18 +148,15 @@ VK_DEVICE void run_pass(const Pass& pass, const Args& a, const Head& head, const
       finish_scores<MASKS, BY_KEY, 2>(s, a, head, row, column);
       if constexpr (!kKeep) load_tile<HEAD_DIM>(rows_1, own[1]);
       multiply_rows<TYPE, HEAD_DIM, 2>(dp, rows_1, pass.columns[1], first);
+      if constexpr (BY_KEY) {
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        if constexpr (BY_KEY) {
+        for (int n = 0; n < 2; ++n) {
           const float4 two = *reinterpret_cast<const float4*>(row_sums + column + n * 8);
-          of_query[0] = make_float2(two.x, two.y), of_query[1] = make_float2(two.z, two.w);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 query = of_query[BY_KEY ? i % 2 : i / 2];
-          differentiate(s[n].v[i], dp[n].v[i], query.x, query.y);
+          of_query[2 * n] = make_float2(two.x, two.y);
+          of_query[2 * n + 1] = make_float2(two.z, two.w);
         }
       }
+      differentiate<BY_KEY>(s, dp, of_query, sums_in_tile(a), a.Nk - row);
       if constexpr (BY_KEY)
         multiply_step<TYPE, HEAD_DIM>(sums_1, s[0], s[1], pass.columns[1], first);
       multiply_step<TYPE, HEAD_DIM>(sums_0, dp[0], dp[1], pass.columns[0], first);
