@@ -28,6 +28,10 @@ constexpr int kBackwardThreads = backward_threads(HEAD_DIM);
 template <int HEAD_DIM>
 constexpr int kBackwardBlocks = HEAD_DIM <= 64 ? 2 : 1;
 
+// Warps for which a multiprocessor has registers: 16 of 128, 12 of 168, 8 of 255.
+constexpr int forward_warps(int head_dim) { return head_dim <= 64 ? 16 : head_dim <= 96 ? 12 : 8; }
+constexpr int backward_warps(int head_dim) { return head_dim <= 64 ? 12 : 8; }
+
 // Whether the backward keeps the rows' dout, or v, in registers as well, or loads them for each
 // step.
 constexpr bool keeps_rows(int head_dim, bool masks) { return head_dim <= 112 && !masks; }
@@ -49,24 +53,31 @@ struct Plan {
   int slots;     // tiles of each operand with rows of the warp's own that shared memory holds:
                  // as many as there are, or one a warp
   int64_t shared_bytes;
-  int64_t blocks_resident;  // that shared memory has room for
+  int64_t blocks_resident;  // that a multiprocessor has room for
 };
 
-// Two blocks on a multiprocessor before one, so that one computes while the other loads; then the
-// fewest rounds of tiles a warp; then every tile loaded at once. whole_bytes and slot_bytes:
-// without and with the slots of `warps`. No warps: it does not fit.
+// Blocks on a multiprocessor, of which the second computes while the first loads, by rounds of
+// tiles a warp: as many warps at work as can be. At a tie the fewest rounds, then every tile loaded
+// at once. bytes(slots): shared memory. No warps: it does not fit.
 template <class Bytes>
-Plan best_plan(int head_dim, int row_tiles, int max_warps, int architecture, const Bytes& bytes) {
+Plan best_plan(int head_dim, int row_tiles, int max_warps, int register_warps, int architecture,
+               const Bytes& bytes) {
   Plan best = {};
+  int best_rounds = 1;
   const int64_t shared = shared_of(architecture);
   const int64_t most = std::min(kBlockShared, shared - kReserve);
   for (int rounds = (row_tiles + max_warps - 1) / max_warps; rounds <= row_tiles; ++rounds) {
     const int warps = (row_tiles + rounds - 1) / rounds;
     for (const int slots : {row_tiles, warps}) {
       const int64_t needed = bytes(slots);
-      const int64_t resident = needed > most ? 0 : shared / (needed + kReserve);
-      if (std::min<int64_t>(resident, 2) > std::min<int64_t>(best.blocks_resident, 2))
+      if (needed > most) continue;
+      const int64_t resident =
+          std::min<int64_t>(shared / (needed + kReserve), register_warps / warps);
+      if (std::min<int64_t>(resident, 2) * best_rounds >
+          std::min<int64_t>(best.blocks_resident, 2) * rounds) {
         best = {head_dim, warps, slots, needed, resident};
+        best_rounds = rounds;
+      }
     }
   }
   return best;
@@ -76,7 +87,7 @@ Plan best_plan(int head_dim, int row_tiles, int max_warps, int architecture, con
 inline Plan forward_plan(int Nq, int Nk, int D, int architecture) {
   const int head_dim = padded(D);
   const int64_t row = 2 * head_dim;
-  return best_plan(head_dim, tiles(Nq), kForwardThreads / 32, architecture,
+  return best_plan(head_dim, tiles(Nq), kForwardThreads / 32, forward_warps(head_dim), architecture,
                    [&](int slots) { return (2 * padded(Nk) + slots * kTile) * row; });
 }
 
@@ -85,10 +96,12 @@ inline Plan forward_plan(int Nq, int Nk, int D, int architecture) {
 inline Plan backward_plan(int Nq, int Nk, int D, int architecture) {
   const int head_dim = padded(D), most = std::max(tiles(Nq), tiles(Nk));
   const int64_t row = 2 * head_dim;
-  return best_plan(head_dim, most, backward_threads(head_dim) / 32, architecture, [&](int slots) {
-    const int64_t rows = slots == most ? padded(Nq) + padded(Nk) : (most + slots) * kTile;
-    return 2 * rows * row + 8 * padded(Nq);
-  });
+  return best_plan(head_dim, most, backward_threads(head_dim) / 32, backward_warps(head_dim),
+                   architecture, [&](int slots) {
+                     const int64_t rows =
+                         slots == most ? padded(Nq) + padded(Nk) : (most + slots) * kTile;
+                     return 2 * rows * row + 8 * padded(Nq);
+                   });
 }
 
 }  // namespace vitkernels::attention::sm80
