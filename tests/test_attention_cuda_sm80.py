@@ -292,6 +292,18 @@ def test_plans_of_every_length(D, backward):
 
 
 @needs_plans
+def test_gpus_with_100_kb_get_plans_that_fit_or_none():
+    for D in (64, 128):
+        for N in range(1, 273):
+            for backward in (False, True):
+                p = plan(N, N, D, backward, architecture=86)
+                assert p["shared_bytes"] <= 99 * 1024
+                assert (p["warps"] == 0) == (p["shared_bytes"] == 0)
+    assert plan(197, 197, 64, True, 86)["warps"] > 0
+    assert plan(272, 272, 128, True, 86)["warps"] == 0  # the launcher takes SIMT kernels
+
+
+@needs_plans
 def test_plans_of_the_shapes_that_count():
     """(warps, slots, blocks on a multiprocessor of sm_80) of 197 tokens."""
 

@@ -129,9 +129,12 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<HEAD_DIM>)
 }
 
 template <DType TYPE>
-void launch(const Device& device, const Args& a) {
+void launch(const Device& device, const Tensor& like, const Args& a) {
   const Plan p = forward_plan(a.Nq, a.Nk, a.D, device.architecture());
-  VK_CHECK(p.warps > 0, "attention", "path sm80: too much shared memory for this GPU");
+  VK_CHECK(p.warps > 0 || forced_cuda_path() == CudaPath::kAuto, "attention",
+           "path sm80 cannot serve this call: a multiprocessor of this GPU has too little shared "
+           "memory");
+  if (p.warps == 0) return forward_simt(device, like, a);
   with_head_dim(a.D, [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
     device.launch(has_masks(a) ? forward_kernel<TYPE, kHeadDim, Masks::kAny>
@@ -146,11 +149,11 @@ void launch(const Device& device, const Args& a) {
 
 Refusal sm80_refuses_forward(const Args& args) { return refuses(args); }
 
-void forward_sm80(const Device& device, const Tensor&, const Args& args) {
+void forward_sm80(const Device& device, const Tensor& like, const Args& args) {
   if (args.dtype == DType::kBF16)
-    launch<DType::kBF16>(device, args);
+    launch<DType::kBF16>(device, like, args);
   else
-    launch<DType::kF16>(device, args);
+    launch<DType::kF16>(device, like, args);
 }
 
 }  // namespace vitkernels::attention
