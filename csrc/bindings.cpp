@@ -7,6 +7,7 @@
 #include <string>
 
 #include "add_layer_norm/add_layer_norm_plan.h"
+#include "attention/attention_plan_sm80.h"
 #include "common/cpu_isa.h"
 #include "window_attention/window_attention_plan_simt.h"
 #include "window_attention/window_attention_plan_sm90.h"
@@ -44,6 +45,17 @@ PYBIND11_MODULE(_C, m) {
       py::arg("rows"), py::arg("C"), py::arg("aligned"), py::arg("common_types"),
       py::arg("multiprocessors"), py::arg("pass_"),
       "Launch settings of add_layer_norm's CUDA kernels.");
+  m.def(
+      "attention_sm80_plan",
+      [](int Nq, int Nk, int D, int architecture, bool backward) {
+        namespace sm80 = vitkernels::attention::sm80;
+        const sm80::Plan p = backward ? sm80::backward_plan(Nq, Nk, D, architecture)
+                                      : sm80::forward_plan(Nq, Nk, D, architecture);
+        return py::dict("head_dim"_a = p.head_dim, "warps"_a = p.warps, "slots"_a = p.slots,
+                        "shared_bytes"_a = p.shared_bytes, "blocks_resident"_a = p.blocks_resident);
+      },
+      py::arg("Nq"), py::arg("Nk"), py::arg("D"), py::arg("architecture"), py::arg("backward"),
+      "Launch settings of attention's sm_80 kernels.");
   m.def(
       "window_attention_simt_plan",
       [](int64_t windows, int heads, int N, int D, int table_rows, int multiprocessors,
