@@ -14,6 +14,11 @@ constexpr int kMostStages = 8;
 constexpr int64_t kSharedLimit = 232448;  // what a block of sm_90 may have
 constexpr int64_t kBarrierBytes = 4 * 8 * kMostStages;
 
+// TMA moves rows of whole 16-byte chunks.
+constexpr bool takes(int Nq, int Nk, int D) {
+  return Nq <= kMostRows && Nk <= kMostRows && D % 8 == 0 && D <= 128;
+}
+
 // Head dims share instances; what is missing of the width is zero in shared memory only.
 constexpr int padded_width(int D) {
   return D <= 32 ? 32 : D <= 64 ? 64 : D <= 80 ? 80 : D <= 96 ? 96 : 128;
@@ -45,13 +50,19 @@ constexpr int box_rows(int rows) { return rows <= 256 ? rows : rows / 2; }
 // Where the bias of a head is while its scores are computed.
 enum class BiasPlace : int { kNone, kShared, kGlobal };
 
-// Warpgroups that multiply: three where 136 registers a thread are enough, else two with 192. One
-// more has the loader and the tail's warps; it keeps 104, or 120.
+// Warpgroups that multiply: three where 136 registers a thread are enough, else two. One more has
+// the loader and the tail's warps.
 constexpr int consumer_groups(int width, int columns, BiasPlace bias) {
   return width <= 64 && columns <= 200 && bias == BiasPlace::kNone ? 3 : 2;
 }
-constexpr int consumer_registers(int groups) { return groups == 3 ? 136 : 192; }
-constexpr int other_registers(int groups) { return groups == 3 ? 104 : 120; }
+// Registers of a thread: what ptxas needs to spill none. Together those that a block begins with,
+// 4 * 128 or 3 * 168.
+constexpr int consumer_registers(int groups, int width, int columns) {
+  return groups == 3 ? 136 : width == 128 && columns == kMostRows ? 168 : 192;
+}
+constexpr int other_registers(int groups, int width, int columns) {
+  return (groups == 3 ? 512 : 504) - groups * consumer_registers(groups, width, columns);
+}
 constexpr int threads(int groups) { return 128 * (groups + 1); }
 constexpr int kTailWarps = 2;
 

@@ -174,14 +174,24 @@ VK_DEVICE void multiply_tile(const Work& w, bool last) {
     if constexpr (WIDTH <= 80) {
       multiply_keys<TYPE, WIDTH, COLUMNS, BIAS, 112, 88>(o, rows, w, last);
     } else {
-      add_keys<TYPE, WIDTH, COLUMNS, BIAS, 112>(o, rows, w, 0, false);
-      add_keys<TYPE, WIDTH, COLUMNS, BIAS, 88>(o, rows, w, 112, last);
+      add_keys<TYPE, WIDTH, COLUMNS, BIAS, 80>(o, rows, w, 0, false);
+      add_keys<TYPE, WIDTH, COLUMNS, BIAS, 64>(o, rows, w, 80, false);
+      add_keys<TYPE, WIDTH, COLUMNS, BIAS, 56>(o, rows, w, 144, last);
     }
   } else if constexpr (WIDTH <= 64) {
     multiply_keys<TYPE, WIDTH, COLUMNS, BIAS, 144, 128>(o, rows, w, last);
-  } else {
+  } else if constexpr (WIDTH <= 80 && BIAS == BiasPlace::kNone) {
     add_keys<TYPE, WIDTH, COLUMNS, BIAS, 144>(o, rows, w, 0, false);
     add_keys<TYPE, WIDTH, COLUMNS, BIAS, 128>(o, rows, w, 144, last);
+  } else if constexpr (WIDTH <= 96) {
+    add_keys<TYPE, WIDTH, COLUMNS, BIAS, 96>(o, rows, w, 0, false);
+    add_keys<TYPE, WIDTH, COLUMNS, BIAS, 96>(o, rows, w, 96, false);
+    add_keys<TYPE, WIDTH, COLUMNS, BIAS, 80>(o, rows, w, 192, last);
+  } else {
+#pragma unroll 1
+    for (int key = 0; key < 256; key += 64)
+      add_keys<TYPE, WIDTH, COLUMNS, BIAS, 64>(o, rows, w, key, false);
+    add_keys<TYPE, WIDTH, COLUMNS, BIAS, 16>(o, rows, w, 256, last);
   }
   store_rows<TYPE, 0, WIDTH / 8>(w.a, w.head, rows, w.row(),
                                  [&](int j, int i) { return o.at(j, i); });
@@ -318,9 +328,9 @@ __global__ void __launch_bounds__(kThreads<WIDTH, COLUMNS, BIAS>, 1)
     gather_bias(bias, a, p, static_cast<int>(blockIdx.x % static_cast<unsigned>(a.H)));
   __syncthreads();
 
-  const int heads = a.B * a.H, step = static_cast<int>(gridDim.x);
   if (warp < 4 * kConsumers) {
-    take_registers<consumer_registers(kConsumers)>();
+    take_registers<consumer_registers(kConsumers, WIDTH, COLUMNS)>();
+    const int heads = a.B * a.H, step = static_cast<int>(gridDim.x);
     int tile = warp / 4, i = static_cast<int>(blockIdx.x);  // the warpgroup's next tile, of head i
     while (i < heads) {
       mbarrier_wait(pairs.full + pairs.slot(), pairs.phase());
@@ -341,7 +351,7 @@ __global__ void __launch_bounds__(kThreads<WIDTH, COLUMNS, BIAS>, 1)
     }
     return;
   }
-  give_up_registers<other_registers(kConsumers)>();
+  give_up_registers<other_registers(kConsumers, WIDTH, COLUMNS)>();
   if (warp == 4 * kConsumers) {
     if (lane == 0) load_heads<WIDTH>(shared, pairs, values, maps, a);
   } else if (p.tail && warp == 4 * kConsumers + 2) {
