@@ -48,7 +48,7 @@ PYBIND11_MODULE(_C, m) {
       [](int B, int H, int Nq, int Nk, int D, int bias_size, bool bias_of_batch,
          int multiprocessors) {
         namespace sm90 = vitkernels::attention::sm90;
-        if (!sm90::takes(Nq, Nk, D)) return py::dict();
+        if (!sm90::takes(Nq, Nk, D, bias_size > 0)) return py::dict();
         const sm90::Plan p = sm90::plan(B, H, Nq, Nk, D, bias_size, bias_of_batch, multiprocessors);
         return py::dict("width"_a = p.width, "columns"_a = p.columns, "query_rows"_a = p.query_rows,
                         "key_rows"_a = p.key_rows, "tiles"_a = p.tiles, "tail"_a = p.tail,

@@ -188,6 +188,7 @@ REFUSALS = [
     ({"Nk": 300}, "272"),
     ({"D": 36}, "multiples of 8"),
     ({"D": 136}, "multiples of 8"),
+    ({"D": 88, "bias": (1, 1, 8, 8)}, "bias with head dims to 80"),
     ({"dropout_p": 0.5}, "dropout"),
     ({"key_padding_mask": (1, 8)}, "padding"),
     ({"bool_bias": (1, 1, 8, 8)}, "bool"),
@@ -211,3 +212,108 @@ def test_refusals(options, why):
         problem.inputs["bias"] = testing.in_layout(problem.inputs["bias"], bias_layout)
     with pytest.raises(RuntimeError, match=f"sm90 cannot serve this call: .*{why}"):
         forward(problem)
+
+
+# ---- Plans
+
+
+needs_plans = pytest.mark.skipif(
+    not hasattr(_native.build_facts(), "attention_sm90_plan"),
+    reason="vitkernels._C is not built (it needs Python.h and pybind11)",
+)
+
+
+def plan(Nq, Nk, D, B=256, H=12, bias_size=0, bias_of_batch=False, multiprocessors=132):
+    facts = _native.build_facts()
+    return facts.attention_sm90_plan(B, H, Nq, Nk, D, bias_size, bias_of_batch, multiprocessors)
+
+
+@needs_plans
+@pytest.mark.parametrize("D", range(16, 129, 4))
+def test_plans_of_every_length(D):
+    for N in range(1, 1601):
+        for bias_size in (0, 2, 4):
+            p = plan(N, N, D, bias_size=bias_size)
+            if N > 272 or D % 8 != 0 or (D > 80 and bias_size):
+                assert not p
+                continue
+            assert D <= p["width"] <= max(32, 2 * D) and N <= p["columns"] <= p["key_rows"]
+            assert p["key_rows"] % 16 == 0
+            assert p["query_rows"] == p["tiles"] * 64 + p["tail"] * 16 >= N
+            assert N > p["query_rows"] - (16 if p["tail"] else 48)
+            assert 1 <= p["value_stages"] <= p["pair_stages"] <= p["value_stages"] + 1 <= 9
+            bytes_of_rows = 2 * p["width"]
+            loads = p["pair_stages"] * (p["query_rows"] + p["key_rows"])
+            loads = (loads + p["value_stages"] * p["key_rows"]) * bytes_of_rows
+            bias = p["bias_shared"] * bias_size * p["query_rows"] * p["columns"]
+            assert loads + bias < p["shared_bytes"] <= 232_448
+            assert p["threads"] == 128 * (p["groups"] + 1)
+
+
+@needs_plans
+def test_plans_of_the_shapes_that_count():
+    base = plan(197, 197, 64)
+    assert (base["columns"], base["tiles"], base["tail"], base["groups"]) == (200, 3, 1, 3)
+    assert base["pair_stages"] == base["value_stages"] == 2 and base["blocks"] == 132
+    for D in range(16, 129, 8):
+        assert plan(197, 197, D)["useful"] > 0.93
+    assert plan(257, 257, 80, B=128, H=16)["useful"] > 0.89
+    assert plan(257, 257, 80)["pair_stages"] == 2, "the next head loads while this one computes"
+    bias = plan(197, 197, 64, bias_size=2)
+    assert bias["bias_shared"] and bias["pair_stages"] == 2
+    assert not plan(197, 197, 64, bias_size=4)["bias_shared"], "does not fit"
+    assert not plan(197, 197, 64, bias_size=2, bias_of_batch=True)["bias_shared"]
+
+
+@needs_plans
+def test_blocks_with_a_shared_bias_keep_their_head():
+    for H in (1, 3, 12, 16, 132, 133, 400):
+        for B in (1, 2, 9, 256):
+            p = plan(49, 49, 32, B=B, H=H, bias_size=2)
+            assert p["blocks"] % H == 0 and p["blocks"] <= min(B * H, max(132, H))
+
+
+# ---- What nvcc made of it
+
+
+def products(width, columns, bias):
+    """wgmma of one tile: S in pieces of columns, each WIDTH / 16 steps; P V in steps of 16 keys."""
+    if columns < 200:
+        pieces = [columns]
+    elif columns == 200:
+        pieces = [112, 88] if width <= 80 else [80, 64, 56]
+    elif width <= 64:
+        pieces = [144, 128]
+    elif width <= 80 and not bias:
+        pieces = [144, 128]
+    else:
+        pieces = [96, 96, 80] if width <= 96 else [64, 16]  # of which the first is a loop
+    parts = 2 if width in (80, 96) else 1  # of the result's columns
+    return len(pieces) * width // 16 + parts * sum(-(-n // 16) for n in pieces)
+
+
+@pytest.mark.skipif(NVCC is None or disassembler() is None, reason="no nvcc or cuobjdump here")
+def test_instructions_are_those_of_the_plan():
+    """Loads: a part of Q, K and V each. mma: both halves of a tail, 32 keys at a time."""
+    name = "attention_attention_sm90.cu.cuda.o"
+    code = sass(ROOT / "build/native/inplace/obj" / name, "sm_90a")
+    seen = set()
+    for kernel, lines in code.items():
+        dtype, width, columns, bias = map(int, kernel.partition("<")[2].rstrip(">").split(","))
+        seen.add((dtype, width, columns, bias))
+        words = ("HGMMA", "UTMALDG", "HMMA", "LDL", "STL", "ATOM", "RED.")
+        counts = {word: sum(word in line for line in lines) for word in words}
+        steps = width // 16
+        assert counts == {
+            "HGMMA": products(width, columns, bias),
+            "UTMALDG": 3 * (2 if width > 64 else 1),
+            "HMMA": 2 * 4 * steps + 4 * steps,
+            "LDL": 0,
+            "STL": 0,
+            "ATOM": 0,
+            "RED.": 0,
+        }, kernel
+    sizes = [(32, 64), (32, 144), (64, 64)] + [(w, c) for w in (32, 64, 80) for c in (200, 272)]
+    plain = [(w, c) for w in (96, 128) for c in (200, 272)]
+    expected = {(t, *s, b) for t in (1, 2) for s in sizes for b in (0, 1, 2)}
+    assert seen == expected | {(t, *s, 0) for t in (1, 2) for s in plain}

@@ -14,9 +14,10 @@ constexpr int kMostStages = 8;
 constexpr int64_t kSharedLimit = 232448;  // what a block of sm_90 may have
 constexpr int64_t kBarrierBytes = 4 * 8 * kMostStages;
 
-// TMA moves rows of whole 16-byte chunks.
-constexpr bool takes(int Nq, int Nk, int D) {
-  return Nq <= kMostRows && Nk <= kMostRows && D % 8 == 0 && D <= 128;
+// TMA moves rows of whole 16-byte chunks. There are no instances with a bias beyond width 80.
+constexpr int most_width(bool bias) { return bias ? 80 : 128; }
+constexpr bool takes(int Nq, int Nk, int D, bool bias) {
+  return Nq <= kMostRows && Nk <= kMostRows && D % 8 == 0 && D <= most_width(bias);
 }
 
 // Head dims share instances; what is missing of the width is zero in shared memory only.
@@ -29,7 +30,7 @@ constexpr int first_part(int width) { return width < 64 ? width : 64; }
 
 // The score columns that an instance computes: the keys, in products of wgmma that fit registers.
 constexpr int score_columns(int width, int keys) {
-  if (width <= 80 && keys <= 64) return 64;
+  if (width <= 64 && keys <= 64) return 64;
   if (width == 32 && keys <= 144) return 144;
   return keys <= 200 ? 200 : kMostRows;
 }

@@ -1,22 +1,23 @@
 // Forward of attention on Hopper's tensor cores (wgmma, TMA): bf16 and fp16, up to 272 queries and
-// keys, head dims to 128 that are multiples of 8, float bias; no mask, no dropout.
+// keys, head dims to 128 that are multiples of 8, float bias (dims to 80); no mask, no dropout.
 //
 // A block stays and goes through heads. Q, K and V of a head come whole into shared memory,
 // straight from the strided views; while one head is computed, the next are under way into the
-// other stages of two rings, (Q, K) and V. Warps have roles:
-//   0..11       three warpgroups: 64 query rows at a time, whichever tile is next; S = Q K^T in
-//               registers (197 keys: one product of 200 columns; up to 272: two or three, with a
-//               running maximum), softmax there, P in 16 bits from registers times V
-//   14, 15      16 query rows by mma.sync when so many or fewer are left over (197 = 3 * 64 + 5), a
-//               head each in turn
+// other stages of two rings, (Q, K) and V. Warps have roles; with three groups (two: 4 less each):
+//   0..11       warpgroups, 64 query rows at a time, whichever tile is next: S = Q K^T in registers
+//               (to 200 keys, or 272 with narrow heads, in one softmax of two products; else piece
+//               by piece with a running maximum), P in 16 bits from registers times V
+//   12          one lane loads
+//   14, 15      16 query rows by mma.sync when so many or fewer are left over (197 = 3 * 64 + 5):
+//               each warp all scores, and half of the columns of the result
 // With a bias that samples share, a block has heads of one index only, and their bias stays in
-// shared memory; any other is read where it is needed.
+// shared memory, if it fits; any other is read where it is needed.
 //
 // Least bytes: Q, K, V once, O once. B 256, H 12, N 197, D 64: 310 MB, 72.6 us at 4.3 TB/s;
-// products 38.6 us (93% of them useful), exponentials 31 us, which three warpgroups overlap.
+// products 38.6 us (93% of them useful), exponentials 31 us, which warpgroups overlap.
 //
-// Grid: as many blocks of 512 threads as there are multiprocessors. 160 KB of shared memory there.
-// Launch settings: attention_plan_sm90.h.
+// Grid: a block for each multiprocessor, of 512 threads (two groups: 384); 160 KB of shared memory
+// at that shape. Not measured yet. Launch settings: attention_plan_sm90.h.
 #include "attention/attention_sm90.cuh"
 
 namespace vitkernels::attention {
@@ -403,12 +404,13 @@ void launch(const Device& device, const Args& a, const Plan& p) {
 
 template <DType TYPE, int WIDTH>
 void launch(const Device& device, const Args& a, const Plan& p) {
-  if (p.bias_place == BiasPlace::kNone)
-    launch<TYPE, WIDTH, BiasPlace::kNone>(device, a, p);
-  else if (p.bias_place == BiasPlace::kShared)
-    launch<TYPE, WIDTH, BiasPlace::kShared>(device, a, p);
-  else
-    launch<TYPE, WIDTH, BiasPlace::kGlobal>(device, a, p);
+  if constexpr (WIDTH <= most_width(true)) {
+    if (p.bias_place == BiasPlace::kShared)
+      return launch<TYPE, WIDTH, BiasPlace::kShared>(device, a, p);
+    if (p.bias_place == BiasPlace::kGlobal)
+      return launch<TYPE, WIDTH, BiasPlace::kGlobal>(device, a, p);
+  }
+  launch<TYPE, WIDTH, BiasPlace::kNone>(device, a, p);
 }
 
 template <DType TYPE>
@@ -443,6 +445,8 @@ Refusal sm90_refuses_forward(const Args& a) {
   if (a.Nq > kMostRows || a.Nk > kMostRows) return "it takes up to 272 queries and keys";
   if (static_cast<int64_t>(a.B) * a.H > INT32_MAX / 2) return "it takes up to 2^30 heads";
   if (a.D % 8 != 0 || a.D > 128) return "it takes head dims to 128 that are multiples of 8";
+  if (a.bias.data != nullptr && a.D > most_width(true))
+    return "it takes a bias with head dims to 80";
   if (a.dropout.seed != nullptr) return "it has no dropout";
   if (a.padding != nullptr) return "it has no key padding mask";
   if (a.bias.data != nullptr && a.bias.dtype == DType::kBool) return "it has no bool bias";
