@@ -254,7 +254,7 @@ def test_plans_of_every_length(D):
 def test_plans_of_the_shapes_that_count():
     base = plan(197, 197, 64)
     assert (base["columns"], base["tiles"], base["tail"], base["groups"]) == (200, 3, 1, 3)
-    assert base["pair_stages"] == base["value_stages"] == 2 and base["blocks"] == 132
+    assert (base["pair_stages"], base["value_stages"], base["blocks"]) == (3, 2, 132)
     for D in range(16, 129, 8):
         assert plan(197, 197, D)["useful"] > 0.93
     assert plan(257, 257, 80, B=128, H=16)["useful"] > 0.89
