@@ -8,6 +8,7 @@
 
 #include "add_layer_norm/add_layer_norm_plan.h"
 #include "attention/attention_plan_sm80.h"
+#include "attention/attention_plan_sm90.h"
 #include "common/cpu_isa.h"
 #include "window_attention/window_attention_plan_simt.h"
 #include "window_attention/window_attention_plan_sm90.h"
@@ -56,6 +57,24 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("Nq"), py::arg("Nk"), py::arg("D"), py::arg("architecture"), py::arg("backward"),
       "Launch settings of attention's sm_80 kernels.");
+  m.def(
+      "attention_sm90_plan",
+      [](int B, int H, int Nq, int Nk, int D, int bias_size, bool bias_of_batch,
+         int multiprocessors) {
+        namespace sm90 = vitkernels::attention::sm90;
+        if (!sm90::takes(Nq, Nk, D, bias_size > 0)) return py::dict();
+        const sm90::Plan p = sm90::plan(B, H, Nq, Nk, D, bias_size, bias_of_batch, multiprocessors);
+        return py::dict("width"_a = p.width, "columns"_a = p.columns, "query_rows"_a = p.query_rows,
+                        "key_rows"_a = p.key_rows, "tiles"_a = p.tiles, "tail"_a = p.tail,
+                        "pair_stages"_a = p.pair_stages, "value_stages"_a = p.value_stages,
+                        "bias_shared"_a = p.bias_place == sm90::BiasPlace::kShared,
+                        "groups"_a = p.groups, "threads"_a = p.threads,
+                        "shared_bytes"_a = p.shared_bytes, "blocks"_a = p.blocks,
+                        "useful"_a = sm90::useful_fraction(p, Nq, Nk));
+      },
+      py::arg("B"), py::arg("H"), py::arg("Nq"), py::arg("Nk"), py::arg("D"), py::arg("bias_size"),
+      py::arg("bias_of_batch"), py::arg("multiprocessors"),
+      "Launch settings of attention's sm_90 forward; empty where it refuses these sizes.");
   m.def(
       "window_attention_simt_plan",
       [](int64_t windows, int heads, int N, int D, int table_rows, int multiprocessors,

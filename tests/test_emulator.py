@@ -314,6 +314,22 @@ def test_every_16_bit_value_widens_exactly(kernels, dtype):
         assert torch.equal(out.nan_to_num(3.0), halves.float().nan_to_num(3.0))
 
 
+def test_exp2_errs_as_much_as_it_may(kernels):
+    """PTX ISA, ex2: relative error to 2^-22; .ftz: subnormal arguments and results are 0."""
+    whole = torch.arange(-126.0, 128.0)
+    values = torch.cat([torch.linspace(-126, 127.9, 4096), whole])
+    out = torch.empty(len(values))
+    kernels.exponentials(values, ctypes.c_int64(len(values)), out)
+    error = out.double() / values.double().exp2() - 1
+    assert 2**-22.1 < error.max() < 2**-21.4 and 2**-22.1 < -error.min() < 2**-21.4
+    assert torch.equal(out[-len(whole) :], whole.exp2())
+    special = torch.tensor([-126.5, -torch.inf, torch.inf, torch.nan, 128.0, 1e-40])
+    out = torch.empty(len(special))
+    kernels.exponentials(special, ctypes.c_int64(len(special)), out)
+    assert out.tolist()[:3] == [0.0, 0.0, torch.inf] and out[3].isnan()
+    assert out[4] == torch.inf and abs(out[5] - 1) < 2**-21.4
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**62 - 1, 0x0123456789ABCDEF])
 @pytest.mark.parametrize("first", [0, 2**32 - 100, 2**40])
 def test_philox_words_are_the_references(kernels, seed, first):
