@@ -109,4 +109,13 @@ VK_DEVICE float unpack_f16_high(uint32_t pair) {
   return out;
 }
 
+// ---- Mathematics
+
+// 2^x with a relative error to 2^-22; subnormal arguments and results are 0 [P: ex2.approx.ftz].
+VK_DEVICE float exp2_approx(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
 }  // namespace vitkernels

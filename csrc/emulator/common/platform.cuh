@@ -277,4 +277,14 @@ inline uint32_t pack_f16(float low, float high) {
 inline float unpack_f16_low(uint32_t pair) { return emulator::from_f16(pair & 0xffff); }
 inline float unpack_f16_high(uint32_t pair) { return emulator::from_f16(pair >> 16); }
 
+// ---- Mathematics
+
+// As wrong as it may be, up or down by the argument's last bit [P: ex2.approx.ftz].
+inline float exp2_approx(float x) {
+  const bool up = (float_to_bits(x) & 1) != 0;
+  const float exact = std::exp2(std::fabs(x) < 0x1p-126f ? 0.0f : x);
+  if (exact < 0x1p-126f) return 0.0f;
+  return x == std::floor(x) ? exact : exact * (up ? 1.0f + 0x1p-22f : 1.0f - 0x1p-22f);
+}
+
 }  // namespace vitkernels
