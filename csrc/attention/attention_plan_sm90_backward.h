@@ -13,17 +13,24 @@ constexpr int kTile = 64;                // rows of a wgmma; keys of a panel of 
 constexpr int kSharedLimit = 227 << 10;  // of a block, bytes
 constexpr int kBarrierBytes = 64;
 
+constexpr bool serves(int Nq, int Nk, int D) {
+  return Nq <= kMaxTokens && Nk <= kMaxTokens && D <= kMaxHeadDim && D % 8 == 0;
+}
+
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// The tokens that an instance's products cover: columns of a wgmma, a multiple of 8. With a bias,
-// 208 has not registers enough.
+// The tokens that an instance's products cover: columns of a wgmma, a multiple of 8.
 constexpr int kWidths[] = {64, 144, 200, 208, 256};
-constexpr int width_for(int tokens, bool bias) {
+constexpr int width_for(int tokens) {
   for (const int width : kWidths)
-    if (width >= tokens && !(bias && width == 208)) return width;
+    if (width >= tokens) return width;
   return 0;
 }
-constexpr int depth_for(int D) { return D <= 32 ? 32 : 64; }
+
+// Head dims of windows have an instance of their own where windows are of that size.
+constexpr int depth_for(int width, int D) {
+  return D <= 32 && width != 200 && width != 208 ? 32 : 64;
+}
 
 // Of a block: a tile each, but four share their registers in two. Up to 64 tokens, several blocks
 // have room on a multiprocessor.
@@ -64,7 +71,8 @@ struct Plan {
 
 // Blocks stay and go from item to item. To add up dbias, all items of a block have one head.
 inline Plan plan(int64_t B, int H, int Nq, int Nk, int D, int multiprocessors, Bias bias) {
-  Plan p{width_for(std::max(Nq, Nk), bias != Bias::kNone), depth_for(D), 1, 0, 0};
+  const int width = width_for(std::max(Nq, Nk));
+  Plan p{width, depth_for(width, D), 1, 0, 0};
   const int64_t resident = int64_t{multiprocessors} * resident_blocks(p.width);
   if (bias == Bias::kShared) {
     p.groups = std::min(B, std::max<int64_t>(resident / H, 1));

@@ -175,20 +175,24 @@ __global__ void __launch_bounds__(kWarpgroup)
 
 TensorMap map_of(const Args& a, const HeadView& view, int N, const Plan& p) {
   // The stride of a dimension of one element is never used; it must be legal all the same.
-  const auto stride = [](int size, int64_t given) { return size == 1 ? int64_t{8} : given; };
+  const auto stride = [](int size, int64_t given, int64_t legal) {
+    return size == 1 ? legal : given;
+  };
+  const int64_t row = int64_t{a.H} * a.D;
   const TensorLayout tensor{
       4,
       {a.D, a.H, N, a.B},
-      {1, stride(a.H, view.head), stride(N, view.row), stride(a.B, view.batch)},
+      {1, stride(a.H, view.head, a.D), stride(N, view.row, row), stride(a.B, view.batch, N * row)},
       {p.depth, 1, layout(p.width, p.depth).rows, 1}};
   return make_tensor_map(view.data, a.dtype, tensor, static_cast<Swizzle>(2 * p.depth));
 }
 
 template <DType TYPE, int WIDTH, bool BIAS>
 void launch(const Device& device, const Args& a, const Plan& p, float* partial) {
-  device.launch(p.depth == 32 ? backward_kernel<TYPE, WIDTH, 32, BIAS>
-                              : backward_kernel<TYPE, WIDTH, 64, BIAS>,
-                dim3(static_cast<unsigned>(p.blocks)), dim3(kThreads<WIDTH>),
+  auto kernel = backward_kernel<TYPE, WIDTH, 64, BIAS>;
+  if constexpr (depth_for(WIDTH, 1) == 32)
+    if (p.depth == 32) kernel = backward_kernel<TYPE, WIDTH, 32, BIAS>;
+  device.launch(kernel, dim3(static_cast<unsigned>(p.blocks)), dim3(kThreads<WIDTH>),
                 static_cast<size_t>(layout(WIDTH, p.depth).bytes), map_of(a, a.q, a.Nq, p),
                 map_of(a, a.k, a.Nk, p), map_of(a, a.v, a.Nk, p), map_of(a, a.dout, a.Nq, p), a,
                 partial);
@@ -204,7 +208,7 @@ void launch_width(const Device& device, const Args& a, const Plan& p, float* par
     case 200:
       return launch<TYPE, 200, BIAS>(device, a, p, partial);
     case 208:
-      if constexpr (!BIAS) return launch<TYPE, 208, BIAS>(device, a, p, partial);
+      return launch<TYPE, 208, BIAS>(device, a, p, partial);
     default:
       return launch<TYPE, 256, BIAS>(device, a, p, partial);
   }
@@ -230,6 +234,8 @@ Refusal sm90_refuses_backward(const Args& a) {
   if (a.dropout.seed != nullptr) return "it has no dropout";
   if (a.padding != nullptr) return "it has no key_padding_mask";
   if (a.bias.data != nullptr && a.bias.dtype == DType::kBool) return "it has no bool bias";
+  if (a.bias.data != nullptr && a.bias.column != 0 && a.bias.column != 1)
+    return "keys of the bias must lie side by side";
   if (!suits_tma(a, a.q, a.Nq) || !suits_tma(a, a.k, a.Nk) || !suits_tma(a, a.v, a.Nk))
     return "rows of q, k and v must begin on 16-byte lines, none twice";
   if (!suits_tma(a, a.dout, a.Nq)) return "rows of dout must begin on 16-byte lines, none twice";

@@ -33,11 +33,9 @@ VK_DEVICE float2 unpack(uint32_t pair) {
   return make_float2(unpack_f16_low(pair), unpack_f16_high(pair));
 }
 
-VK_DEVICE float load_float(const float* data, int64_t at) { return data[at]; }
-VK_DEVICE float load_float(const BF16* data, int64_t at) {
-  return bits_to_float(uint32_t{data[at].bits} << 16);
-}
-VK_DEVICE float load_float(const F16* data, int64_t at) { return unpack_f16_low(data[at].bits); }
+VK_DEVICE float load_float(const float* from) { return *from; }
+VK_DEVICE float load_float(const BF16* from) { return bits_to_float(uint32_t{from->bits} << 16); }
+VK_DEVICE float load_float(const F16* from) { return unpack_f16_low(from->bits); }
 
 VK_DEVICE float quad_sum(float x) {
   x += __shfl_xor_sync(kAllLanes, x, 1);
@@ -113,23 +111,32 @@ struct ScorePlace {
 };
 
 // Makes s (q k^T) logits in units of log2: times `by`, plus the bias of the rows that begin at
-// `first`.
+// `first`, whose columns lie side by side or are one.
 template <class T, int C>
 VK_DEVICE void add_bias(float (&s)[C], float by, const BiasView& bias, const int64_t (&first)[2],
                         int Nk) {
   const int pair = static_cast<int>(threadIdx.x) % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    int64_t at = first[half] + pair * bias.column;
+    const T* row = static_cast<const T*>(bias.data) + first[half];
+    if (bias.column == 0) {
+      const float value = load_float(row) * kLog2e;
 #pragma unroll
-    for (int n = 0; n < C / 4; ++n, at += 8 * bias.column)
+      for (int n = 0; n < C / 4; ++n)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float value = 0.0f;
-        if (n * 8 + pair + i < Nk)
-          value = load_float(static_cast<const T*>(bias.data), at + i * bias.column);
-        s[4 * n + 2 * half + i] = fmaf(s[4 * n + 2 * half + i], by, value * kLog2e);
-      }
+        for (int i = 0; i < 2; ++i)
+          s[4 * n + 2 * half + i] = fmaf(s[4 * n + 2 * half + i], by, value);
+    } else {
+      row += pair;
+#pragma unroll
+      for (int n = 0; n < C / 4; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[4 * n + 2 * half + i];
+          const float value = n * 8 + pair + i < Nk ? load_float(row + n * 8 + i) : 0.0f;
+          x = fmaf(x, by, value * kLog2e);
+        }
+    }
   }
 }
 
