@@ -200,17 +200,18 @@ VK_DEVICE void differentiate(FragmentA (&ds)[STEPS], float (&dp)[C], const Score
 #pragma unroll
     for (int n = 0; n < C / 4; ++n) {
       const float2 p = unpack<TYPE>(*place.at(n, half));
-      if (BIAS) sum += p.x + p.y;
+      sum += p.x + p.y;
       dot = fmaf(p.x, dp[4 * n + 2 * half], fmaf(p.y, dp[4 * n + 2 * half + 1], dot));
     }
+    sum = quad_sum(sum);
     delta[half] = dot = quad_sum(dot);
-    if constexpr (BIAS) {
-      // Of P as it was rounded, and in two numbers: what dS sums to over a row is the rounding of
-      // its terms, and does not lean to one side in dbias.
-      sum = quad_sum(sum);
-      if (!(sum > 0.0f && is_finite(sum))) continue;
-      const float inverse = 1.0f / sum;
-      delta[half] = dot * inverse;
+    if (!(sum > 0.0f && is_finite(sum))) continue;
+    // Of P as it was rounded: dS sums to 0 over a row, and a row that is nearly one-hot keeps its
+    // small terms.
+    const float inverse = 1.0f / sum;
+    delta[half] = dot * inverse;
+    if constexpr (BIAS) {  // in two numbers, so that its rounding does not lean to one side in
+                           // dbias
       rest[half] = fmaf(-delta[half], sum, dot) * inverse;
       if (!is_finite(rest[half])) rest[half] = 0.0f;
     }
