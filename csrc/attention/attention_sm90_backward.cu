@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads<WIDTH>, kBlocks<WIDTH>)
         float dp[WIDTH / 2];
         multiply_rows<TYPE, DEPTH>(dp, dout + tile * kTileBytes, v);
         if (row < kRows)
-          differentiate<TYPE, BIAS>(ds, dp, Place(scores, row), mine,
+          differentiate<TYPE, BIAS>(ds, dp, Place(scores, row), a.Nq - row, mine,
                                     a.dbias_batch == 1 && item >= step);
       }
       if (a.dq.data == nullptr) continue;

@@ -140,6 +140,17 @@ VK_DEVICE void add_bias(float (&s)[C], float by, const BiasView& bias, const int
   }
 }
 
+// Zeros in the thread's rows past the end, of which few warps have any.
+template <int C, int ROWS>
+VK_DEVICE void clear_padding(const ScorePlace<ROWS>& place, int rows_inside) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (8 * half < rows_inside) continue;
+#pragma unroll
+    for (int n = 0; n < C / 4; ++n) *place.at(n, half) = 0;
+  }
+}
+
 // s (q k^T) becomes P = 2^(s - lse), which is stored, rounded; 0 in rows and columns past the end.
 // lse: of the head, natural.
 template <DType TYPE, bool BIAS, int ROWS, int C>
@@ -153,12 +164,10 @@ VK_DEVICE void store_probabilities(float (&s)[C], const Args& a, const ScorePlac
                               head + (row + 8 < a.Nq ? row + 8 : 0) * a.bias.row};
     VK_SWITCH_FLOAT(a.bias.dtype, add_bias<scalar_t>(s, by, a.bias, first, a.Nk))
   }
-  bool inside[2];
   float center[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    inside[half] = row + 8 * half < a.Nq;
-    const float given = inside[half] ? lse[row + 8 * half] : 0.0f;
+    const float given = row + 8 * half < a.Nq ? lse[row + 8 * half] : 0.0f;
     center[half] = given == -INFINITY ? 0.0f : given * kLog2e;
   }
 #pragma unroll
@@ -176,7 +185,6 @@ VK_DEVICE void store_probabilities(float (&s)[C], const Args& a, const ScorePlac
         x[0] = fmaf(x[0], by, -center[half]), x[1] = fmaf(x[1], by, -center[half]);
       }
       word[half] = pack<TYPE>(exp2_approx(x[0]), exp2_approx(x[1])) | masked;
-      if (!inside[half]) word[half] = 0;
     }
     if (8 * n + 8 > a.Nk) {
       const int columns = a.Nk - 8 * n - pair;  // how many of the pair are inside
@@ -185,14 +193,15 @@ VK_DEVICE void store_probabilities(float (&s)[C], const Args& a, const ScorePlac
     }
     *place.at(n, 0) = word[0], *place.at(n, 1) = word[1];
   }
+  clear_padding<C>(place, a.Nq - row);
 }
 
 // dp (dout v^T) and the stored P give dS = P (dP - rowsum(P dP)), rounded, which takes P's place
-// and is A of dQ = dS K as well. With `partial`, the thread's elements of it are put or added
-// there.
+// and is A of dQ = dS K as well (there, rows past the end do not matter). With `partial`, the
+// thread's elements of it are put or added there.
 template <DType TYPE, bool BIAS, int ROWS, int C, int STEPS>
 VK_DEVICE void differentiate(FragmentA (&ds)[STEPS], float (&dp)[C], const ScorePlace<ROWS>& place,
-                             float4* partial, bool adds) {
+                             int rows_inside, float4* partial, bool adds) {
   float delta[2], rest[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -243,6 +252,7 @@ VK_DEVICE void differentiate(FragmentA (&ds)[STEPS], float (&dp)[C], const Score
           make_float4(old.x + value[0], old.y + value[1], old.z + value[2], old.w + value[3]);
     }
   }
+  clear_padding<C>(place, rows_inside);
   if constexpr (C / 4 < 2 * STEPS) ds[STEPS - 1].r[2] = ds[STEPS - 1].r[3] = 0;
 }
 
