@@ -64,6 +64,14 @@ FAULTS = {
         "swizzled(Swizzle::k128,",
         "swizzled(planted ? Swizzle::k64 : Swizzle::k128,",
     ),
+    "narrow panel without swizzle": (
+        "swizzled(Swizzle::k32,",
+        "swizzled(planted ? Swizzle::kNone : Swizzle::k32,",
+    ),
+    "the next q in this one's place": (
+        "(1 - phase) * kLayout.next_q",
+        "(planted ? phase : 1 - phase) * kLayout.next_q",
+    ),
     "a panel too far": ("n / 8 * ROWS * 128", "n / 8 * (planted ? 64 : ROWS) * 128"),
     "rows of the next half": ("half * 1024", "half * (planted ? 512 : 1024)"),
 }

@@ -37,26 +37,37 @@ constexpr int depth_for(int width, int D) {
 constexpr int warpgroups(int width) { return width <= kTile ? 1 : width <= 3 * kTile ? 3 : 2; }
 constexpr int resident_blocks(int width) { return width <= kTile ? 4 : 1; }
 
-// Shared memory, in bytes: tiles of q, k, dout and v, the scores, the barriers. Sums over tokens go
-// in steps of 16, so tiles have as many rows.
+// Shared memory, in bytes: tiles of q, k, dout, v and the next item's q, the scores, the barriers.
+// Sums over tokens go in steps of 16, so tiles have as many rows.
 struct Layout {
   int rows;
-  bool late_v;  // v has no room of its own: it takes that of q, which comes again
-  int k, dout, v, scores, barriers, bytes;
+  bool
+      late_v;  // no room for five tiles: v takes that of q, which comes again, and q is not doubled
+  int narrow;  // columns of the last panel of scores where they are 16, else 0
+  int k, dout, v, next_q, scores, barriers, bytes;
 };
 
 constexpr Layout layout(int width, int depth) {
   Layout l{};
   l.rows = round_up(width, 16);
-  const int tile = l.rows * 2 * depth, scores = round_up(width, kTile) * l.rows * 2;
-  l.late_v = 4 * tile + scores + kBarrierBytes > kSharedLimit;
+  l.narrow = l.rows % kTile == 16 ? 16 : 0;
+  const int columns = l.rows % kTile == 16 ? l.rows : round_up(width, kTile);
+  const int tile = l.rows * 2 * depth, scores = columns * l.rows * 2;
+  l.late_v = 5 * tile + scores + kBarrierBytes > kSharedLimit;
   l.k = tile;
   l.dout = 2 * tile;
   l.v = l.late_v ? 0 : 3 * tile;
-  l.scores = l.late_v ? 3 * tile : 4 * tile;
+  l.next_q = l.late_v ? 0 : 4 * tile;
+  l.scores = (l.late_v ? 3 : 5) * tile;
   l.barriers = l.scores + scores;
   l.bytes = l.barriers + kBarrierBytes;
   return l;
+}
+
+// Products read 64 rows: those of the last tile of a layout are its last 64, and a warp whose rows
+// another tile has as well leaves them to it.
+constexpr int first_row(int tile, int rows) {
+  return tile * kTile + kTile > rows ? rows - kTile : tile * kTile;
 }
 
 // A float bias whose gradient is not wanted, is one matrix for all batch items, or one for each.

@@ -6,14 +6,15 @@
 //   dV = P^T dO                                key tiles of 64; P is A, transposed as it lies
 //   dK = dS^T Q                                dS has taken P's place
 //
-// Two warpgroups (one to 64 tokens) share the tiles. TMA brings q, k, v, dout by their strides;
-// what a step was the last to read is loaded for the next item while the others go on. From 209
-// tokens on, v has no room: it takes that of q once S is done, and q comes a second time for dK.
+// Two warpgroups share the tiles (one to 64 tokens, three to 144). TMA brings q, k, v, dout by
+// their strides: the next item's q at once, the others when dK alone is left. From 209 tokens of
+// head dim 64 on, v takes the room of q once S is done, and q comes a second time for dK.
 //
 // 7 tensors of traffic, no atomics, nothing of size N x N in global memory but, for dbias, one fp32
 // matrix a block, which every thread adds to in its own places, and finish_kernel to dbias.
-// ViT-B, B 256, H 12, N 197, D 64: 542 MB = 126 us at 4.3 TB/s, 76 GFLOP (98 of the products) = 97
-// us at 790 TFLOP/s. 205 KB of shared memory there. Settings: attention_plan_sm90_backward.h.
+// ViT-B, B 256, H 12, N 197, D 64: 542 MB = 126 us at 4.3 TB/s; 76 GFLOP = 97 us at 790 TFLOP/s,
+// 131 us with padding to 256 x 200. There 215 KB of shared memory, four barriers an item.
+// Launch settings: attention_plan_sm90_backward.h.
 #include "attention/attention_sm90_backward.cuh"
 
 namespace vitkernels::attention {
@@ -37,26 +38,27 @@ __global__ void __launch_bounds__(kThreads<WIDTH>, kBlocks<WIDTH>)
                     const __grid_constant__ TensorMap dout_map, const Args a, float* partial) {
   check_launch_bounds<kThreads<WIDTH>>();
   constexpr Layout kLayout = layout(WIDTH, DEPTH);
-  constexpr int kRows = kLayout.rows, kSteps = kRows / 16, kTileBytes = kTile * 2 * DEPTH;
+  constexpr int kRows = kLayout.rows, kSteps = kRows / 16, kRowBytes = 2 * DEPTH;
   constexpr int kGroups = warpgroups(WIDTH);
-  using Place = ScorePlace<kRows>;
-  VK_SWIZZLED_SHARED(char, q);
-  char *const k = q + kLayout.k, *const dout = q + kLayout.dout, *const v = q + kLayout.v;
-  char* const scores = q + kLayout.scores;
-  auto* const loaded = reinterpret_cast<MBarrier*>(q + kLayout.barriers);
+  constexpr int kNarrow = kLayout.narrow ? kRows / kTile : -1;  // which panel
+  using Place = ScorePlace<kRows, kNarrow>;
+  VK_SWIZZLED_SHARED(char, shared);
+  char *const k = shared + kLayout.k, *const dout = shared + kLayout.dout;
+  char *const v = shared + kLayout.v, *const scores = shared + kLayout.scores;
+  auto* const loaded = reinterpret_cast<MBarrier*>(shared + kLayout.barriers);
   const int items = a.B * a.H, step = static_cast<int>(gridDim.x);
 
   const auto load = [&](Barrier barrier, char* to, const TensorMap& map, int item) {
     if (item >= items) return;
     const int b = item / a.H, h = item - b * a.H;
-    mbarrier_arrive_expect(&loaded[barrier], kRows * 2 * DEPTH);
+    mbarrier_arrive_expect(&loaded[barrier], kRows * kRowBytes);
     tma_load(to, map, &loaded[barrier], {0, h, 0, b});
   };
   const int first = static_cast<int>(blockIdx.x);
   if (threadIdx.x == 0) {
     for (int i = kQ; i <= kQAgain; ++i) mbarrier_init(&loaded[i], 1);
     mbarrier_fence_init();
-    load(kQ, q, q_map, first);
+    load(kQ, shared, q_map, first);
     load(kK, k, k_map, first);
     load(kDout, dout, dout_map, first);
     if (!kLayout.late_v) load(kV, v, v_map, first);
@@ -70,25 +72,32 @@ __global__ void __launch_bounds__(kThreads<WIDTH>, kBlocks<WIDTH>)
     pin_registers(thread);  // so that no place that follows from it is kept from item to item
     const int group = thread / kWarpgroup;
     const int row_in_tile = thread % kWarpgroup / kWarp * 16 + thread % kWarp / 4;  // and 8 below
+    char* const q = shared + phase * kLayout.next_q;
     // to (of this head) = by * scores^T rows
     const auto key_gradient = [&](const HeadView& to, const char* rows, float by) {
       if (to.data == nullptr) return;
 #pragma unroll 1
       for (int tile = group; tile * kTile < a.Nk; tile += kGroups) {
         float c[DEPTH / 2];
-        multiply_panel<TYPE, DEPTH, kSteps>(c, scores + tile * kRows * 128, rows);
-        store_rows<TYPE, DEPTH>(c, by, a, to, b, h, tile * kTile, a.Nk);
+        const char* const panel = scores + tile * kRows * 128;
+        if (tile == kNarrow)
+          multiply_panel<TYPE, DEPTH, kSteps, Swizzle::k32>(c, panel, rows);
+        else
+          multiply_panel<TYPE, DEPTH, kSteps, Swizzle::k128>(c, panel, rows);
+        store_rows<TYPE, DEPTH>(c, by, a, to, b, h, tile * kTile, 0, a.Nk);
       }
     };
 
     mbarrier_wait(&loaded[kQ], phase);
     mbarrier_wait(&loaded[kK], phase);
+    if (!kLayout.late_v && thread == 0)
+      load(kQ, shared + (1 - phase) * kLayout.next_q, q_map, item + step);
 #pragma unroll 1
     for (int tile = group; tile * kTile < kRows; tile += kGroups) {
-      const int row = tile * kTile + row_in_tile;
+      const int row = first_row(tile, kRows) + row_in_tile;
       float s[WIDTH / 2];
-      multiply_rows<TYPE, DEPTH>(s, q + tile * kTileBytes, k);
-      if (row < kRows)  // of the warp's rows, all or none
+      multiply_rows<TYPE, DEPTH>(s, q + first_row(tile, kRows) * kRowBytes, k);
+      if (row >= tile * kTile)  // all of a warp's rows, or none
         store_probabilities<TYPE, BIAS>(s, a, Place(scores, row), b, h, row,
                                         a.lse + int64_t{item} * a.Nq);
     }
@@ -103,25 +112,26 @@ __global__ void __launch_bounds__(kThreads<WIDTH>, kBlocks<WIDTH>)
     mbarrier_wait(&loaded[kV], phase);
 #pragma unroll 1
     for (int tile = group; tile * kTile < kRows; tile += kGroups) {
-      const int row = tile * kTile + row_in_tile;
+      const int row = first_row(tile, kRows) + row_in_tile;
       float4* mine = nullptr;
       if (BIAS && partial != nullptr) {
         const int64_t matrix = a.dbias_batch == 1 ? first : item;
         mine = reinterpret_cast<float4*>(partial + matrix * matrix_floats(WIDTH)) +
-               tile * (WIDTH / 8) * kWarpgroup + thread % kWarpgroup;
+               tile * (WIDTH / 8) * kWarpgroup + row % kTile / 16 * kWarp + thread % kWarp;
       }
       FragmentA ds[kSteps] = {};
       {
         float dp[WIDTH / 2];
-        multiply_rows<TYPE, DEPTH>(dp, dout + tile * kTileBytes, v);
-        if (row < kRows)
+        multiply_rows<TYPE, DEPTH>(dp, dout + first_row(tile, kRows) * kRowBytes, v);
+        if (row >= tile * kTile)
           differentiate<TYPE, BIAS>(ds, dp, Place(scores, row), a.Nq - row, mine,
                                     a.dbias_batch == 1 && item >= step);
       }
       if (a.dq.data == nullptr) continue;
       float dq[DEPTH / 2];
       multiply_registers<TYPE, DEPTH>(dq, ds, k);
-      store_rows<TYPE, DEPTH>(dq, a.scale, a, a.dq, b, h, tile * kTile, a.Nq);
+      store_rows<TYPE, DEPTH>(dq, a.scale, a, a.dq, b, h, first_row(tile, kRows), tile * kTile,
+                              a.Nq);
     }
     fence_proxy_async();
     __syncthreads();  // dS is there; nobody reads k, v or dout
@@ -134,7 +144,7 @@ __global__ void __launch_bounds__(kThreads<WIDTH>, kBlocks<WIDTH>)
     if (kLayout.late_v) mbarrier_wait(&loaded[kQAgain], phase);
     key_gradient(a.dk, q, a.scale);
     __syncthreads();  // nobody reads dS or q
-    if (thread == 0) load(kQ, q, q_map, item + step);
+    if (kLayout.late_v && thread == 0) load(kQ, q, q_map, item + step);
   }
 }
 

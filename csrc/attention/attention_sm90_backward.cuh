@@ -2,8 +2,8 @@
 // shared memory, gradients on their way out.
 //
 // Tiles of q, k, v and dout are rows of DEPTH 16-bit elements, zero beyond the head dim and beyond
-// the last token, as TMA brings them. Scores (P, then dS) are panels of 64 keys, rows of 128 bytes.
-// Both are swizzled as wide as a row.
+// the last token, as TMA brings them. Scores (P, then dS) are panels of 64 keys, rows of 128
+// bytes; a last panel of 16 keys has rows of 32. All are swizzled as wide as a row.
 #pragma once
 
 #include <cmath>
@@ -76,15 +76,17 @@ VK_DEVICE void multiply_registers(float (&c)[DEPTH / 2], FragmentA (&a)[STEPS], 
   wgmma_wait<0>(c);
 }
 
-// c = a^T b with the 64 columns of a panel of scores as rows, over 16 * STEPS queries.
-template <DType TYPE, int DEPTH, int STEPS>
+// c = a^T b with the columns of a panel of scores as rows, over 16 * STEPS queries. Of a narrow
+// panel, 16 rows; the others repeat them.
+template <DType TYPE, int DEPTH, int STEPS, Swizzle PANEL>
 VK_DEVICE void multiply_panel(float (&c)[DEPTH / 2], const char* panel, const char* b) {
-  const WgmmaOperand columns = wgmma_operand<Swizzle::k128>(panel, 0, 1024);
+  constexpr int kRowBytes = static_cast<int>(PANEL);
+  const WgmmaOperand columns = wgmma_operand<PANEL>(panel, 0, 8 * kRowBytes);
   const WgmmaOperand rows = wgmma_operand<kSwizzle<DEPTH>>(b, 0, 16 * DEPTH);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < STEPS; ++step)
-    wgmma<TYPE, Major::kMN, Major::kMN>(c, advanced(columns, step * 2048),
+    wgmma<TYPE, Major::kMN, Major::kMN>(c, advanced(columns, step * 16 * kRowBytes),
                                         advanced(rows, step * 32 * DEPTH), step > 0);
   wgmma_commit();
   wgmma_wait<0>(c);
@@ -93,20 +95,23 @@ VK_DEVICE void multiply_panel(float (&c)[DEPTH / 2], const char* panel, const ch
 // ---- Scores
 
 // Where the thread's pairs of a tile lie in the score buffer: in row `row` and, as half 1, eight
-// rows below.
-template <int ROWS>
+// rows below. NARROW: the panel of 16 columns, if there is one.
+template <int ROWS, int NARROW>
 struct ScorePlace {
   char* scores;
-  uint32_t first;  // the pair in columns 0 and on
+  uint32_t first, narrow;  // the pair in the first eight columns of a panel
 
-  VK_DEVICE ScorePlace(char* buffer, int row)
-      : scores(buffer),
-        first(swizzled(Swizzle::k128,
-                       static_cast<uint32_t>(row * 128 + static_cast<int>(threadIdx.x) % 4 * 4))) {}
+  VK_DEVICE ScorePlace(char* buffer, int row) : scores(buffer) {
+    const int lane = static_cast<int>(threadIdx.x) % 4 * 4;
+    first = swizzled(Swizzle::k128, static_cast<uint32_t>(row * 128 + lane));
+    narrow = swizzled(Swizzle::k32, static_cast<uint32_t>(row * 32 + lane));
+  }
   // In columns 8 n and on.
   VK_DEVICE uint32_t* at(int n, int half) const {
-    const uint32_t chunk = first ^ static_cast<uint32_t>(n % 8 * 16);
-    return reinterpret_cast<uint32_t*>(scores + chunk + n / 8 * ROWS * 128 + half * 1024);
+    char* const panel = scores + n / 8 * ROWS * 128;
+    const uint32_t chunk = static_cast<uint32_t>(n % 8 * 16);
+    return reinterpret_cast<uint32_t*>(n / 8 == NARROW ? panel + (narrow ^ chunk) + half * 256
+                                                       : panel + (first ^ chunk) + half * 1024);
   }
 };
 
@@ -141,8 +146,8 @@ VK_DEVICE void add_bias(float (&s)[C], float by, const BiasView& bias, const int
 }
 
 // Zeros in the thread's rows past the end, of which few warps have any.
-template <int C, int ROWS>
-VK_DEVICE void clear_padding(const ScorePlace<ROWS>& place, int rows_inside) {
+template <int C, int ROWS, int NARROW>
+VK_DEVICE void clear_padding(const ScorePlace<ROWS, NARROW>& place, int rows_inside) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (8 * half < rows_inside) continue;
@@ -153,9 +158,10 @@ VK_DEVICE void clear_padding(const ScorePlace<ROWS>& place, int rows_inside) {
 
 // s (q k^T) becomes P = 2^(s - lse), which is stored, rounded; 0 in rows and columns past the end.
 // lse: of the head, natural.
-template <DType TYPE, bool BIAS, int ROWS, int C>
-VK_DEVICE void store_probabilities(float (&s)[C], const Args& a, const ScorePlace<ROWS>& place,
-                                   int b, int h, int row, const float* lse) {
+template <DType TYPE, bool BIAS, int ROWS, int NARROW, int C>
+VK_DEVICE void store_probabilities(float (&s)[C], const Args& a,
+                                   const ScorePlace<ROWS, NARROW>& place, int b, int h, int row,
+                                   const float* lse) {
   const float by = a.scale * kLog2e;
   const int pair = static_cast<int>(threadIdx.x) % 4 * 2;
   if constexpr (BIAS) {
@@ -199,9 +205,10 @@ VK_DEVICE void store_probabilities(float (&s)[C], const Args& a, const ScorePlac
 // dp (dout v^T) and the stored P give dS = P (dP - rowsum(P dP)), rounded, which takes P's place
 // and is A of dQ = dS K as well (there, rows past the end do not matter). With `partial`, the
 // thread's elements of it are put or added there.
-template <DType TYPE, bool BIAS, int ROWS, int C, int STEPS>
-VK_DEVICE void differentiate(FragmentA (&ds)[STEPS], float (&dp)[C], const ScorePlace<ROWS>& place,
-                             int rows_inside, float4* partial, bool adds) {
+template <DType TYPE, bool BIAS, int ROWS, int NARROW, int C, int STEPS>
+VK_DEVICE void differentiate(FragmentA (&ds)[STEPS], float (&dp)[C],
+                             const ScorePlace<ROWS, NARROW>& place, int rows_inside,
+                             float4* partial, bool adds) {
   float delta[2], rest[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -267,11 +274,11 @@ VK_DEVICE void exchange(uint32_t& first, uint32_t& second, int lane_bit) {
     second = got;
 }
 
-// Stores the warpgroup's 64 rows times `by`, from row `first` on, where the head has `rows`. The
-// four lanes of a row trade words, so that each stores chunks of 16 bytes.
+// Stores the warpgroup's 64 rows times `by`, which begin with row `first`, from `from` on where the
+// head has `rows`. The four lanes of a row trade words, so that each stores chunks of 16 bytes.
 template <DType TYPE, int DEPTH>
 VK_DEVICE void store_rows(const float (&c)[DEPTH / 2], float by, const Args& a, const HeadView& to,
-                          int b, int h, int first, int rows) {
+                          int b, int h, int first, int from, int rows) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   auto* const head = static_cast<uint16_t*>(to.data) + b * to.batch + h * to.head;
 #pragma unroll
@@ -286,7 +293,7 @@ VK_DEVICE void store_rows(const float (&c)[DEPTH / 2], float by, const Args& a, 
       exchange(w[0], w[1], 1), exchange(w[2], w[3], 1);
       exchange(w[0], w[2], 2), exchange(w[1], w[3], 2);
       const int column = (n + lane % 4) * 8;
-      if (row < rows && column < a.D)
+      if (row >= from && row < rows && column < a.D)
         store_16(head + row * to.row + column, make_uint4(w[0], w[1], w[2], w[3]));
     }
   }
