@@ -13,7 +13,9 @@ from native_build import CACHE, CSRC, CXX, cached_build, files_under
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler: there is nothing to emulate")
 
 FOLDER = CSRC / "attention"
-# What is switched: the text, there once, and what replaces it, with `planted` for the switch.
+# What is switched: the text, there once, and what replaces it, with `planted` for the switch. The
+# barrier after dK is not among them: emulated loads come when no thread can go on, so that whoever
+# has waited for the next k finds all the others through with dK.
 FAULTS = {
     "P is not fenced": (
         "fence_proxy_async();\n    __syncthreads();  // P is there",
@@ -34,10 +36,6 @@ FAULTS = {
     "no barrier before dK": (
         "__syncthreads();  // dS is there",
         "if (!planted) __syncthreads();  // dS is there",
-    ),
-    "no barrier after dK": (
-        "__syncthreads();  // nobody reads dS or q",
-        "if (!planted) __syncthreads();  // nobody reads dS or q",
     ),
     "no wait for q": (
         "mbarrier_wait(&loaded[kQ], phase);",

@@ -1,10 +1,11 @@
 // Backward of attention on Hopper for up to 256 tokens of head dim up to 64, bf16 and fp16: a block
 // has one (batch item, head) at a time, all of it in shared memory.
 //
-//   S = Q K^T, P = 2^(S - lse) / its sum       query tiles of 64; P in 16 bits to shared memory
-//   dP = dO V^T, dS = P (dP - rowsum(P dP))    dS in 16 bits, in registers: A of dQ = dS K
+//   S = Q K^T, P = 2^(S - lse)                 query tiles of 64; P in 16 bits to shared memory
 //   dV = P^T dO                                key tiles of 64; P is A, transposed as it lies
-//   dK = dS^T Q                                dS has taken P's place
+//   dP = dO V^T, dS = P (dP - rowsum(P dP))    query tiles; dS in 16 bits takes P's place, and from
+//                                              registers is A of dQ = dS K
+//   dK = dS^T Q                                key tiles
 //
 // Two warpgroups share the tiles (one to 64 tokens, three to 144). TMA brings q, k, v, dout by
 // their strides: the next item's q at once, the others when dK alone is left. From 209 tokens of
@@ -95,11 +96,11 @@ __global__ void __launch_bounds__(kThreads<WIDTH>, kBlocks<WIDTH>)
 #pragma unroll 1
     for (int tile = group; tile * kTile < kRows; tile += kGroups) {
       const int row = first_row(tile, kRows) + row_in_tile;
+      const Centers centers = centers_of(a.lse + int64_t{item} * a.Nq, row, a.Nq);
       float s[WIDTH / 2];
       multiply_rows<TYPE, DEPTH>(s, q + first_row(tile, kRows) * kRowBytes, k);
       if (row >= tile * kTile)  // all of a warp's rows, or none
-        store_probabilities<TYPE, BIAS>(s, a, Place(scores, row), b, h, row,
-                                        a.lse + int64_t{item} * a.Nq);
+        store_probabilities<TYPE, BIAS>(s, a, Place(scores, row), b, h, row, centers);
     }
     fence_proxy_async();
     __syncthreads();  // P is there; nobody reads q

@@ -156,12 +156,27 @@ VK_DEVICE void clear_padding(const ScorePlace<ROWS, NARROW>& place, int rows_ins
   }
 }
 
+// What is taken from the logits of the thread's two rows: lse (of the head, natural) in units of
+// log2, 0 where all keys are masked.
+struct Centers {
+  float of[2];
+};
+
+VK_DEVICE Centers centers_of(const float* lse, int row, int Nq) {
+  Centers centers;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float given = row + 8 * half < Nq ? lse[row + 8 * half] : 0.0f;
+    centers.of[half] = given == -INFINITY ? 0.0f : given * kLog2e;
+  }
+  return centers;
+}
+
 // s (q k^T) becomes P = 2^(s - lse), which is stored, rounded; 0 in rows and columns past the end.
-// lse: of the head, natural.
 template <DType TYPE, bool BIAS, int ROWS, int NARROW, int C>
 VK_DEVICE void store_probabilities(float (&s)[C], const Args& a,
                                    const ScorePlace<ROWS, NARROW>& place, int b, int h, int row,
-                                   const float* lse) {
+                                   const Centers& centers) {
   const float by = a.scale * kLog2e;
   const int pair = static_cast<int>(threadIdx.x) % 4 * 2;
   if constexpr (BIAS) {
@@ -169,12 +184,6 @@ VK_DEVICE void store_probabilities(float (&s)[C], const Args& a,
     const int64_t first[2] = {head + (row < a.Nq ? row : 0) * a.bias.row,
                               head + (row + 8 < a.Nq ? row + 8 : 0) * a.bias.row};
     VK_SWITCH_FLOAT(a.bias.dtype, add_bias<scalar_t>(s, by, a.bias, first, a.Nk))
-  }
-  float center[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float given = row + 8 * half < a.Nq ? lse[row + 8 * half] : 0.0f;
-    center[half] = given == -INFINITY ? 0.0f : given * kLog2e;
   }
 #pragma unroll
   for (int n = 0; n < C / 4; ++n) {
@@ -186,9 +195,9 @@ VK_DEVICE void store_probabilities(float (&s)[C], const Args& a,
       if constexpr (BIAS) {
         if (x[0] == -INFINITY) masked = kMasked;
         if (x[1] == -INFINITY) masked |= kMasked << 16;
-        x[0] -= center[half], x[1] -= center[half];
+        x[0] -= centers.of[half], x[1] -= centers.of[half];
       } else {
-        x[0] = fmaf(x[0], by, -center[half]), x[1] = fmaf(x[1], by, -center[half]);
+        x[0] = fmaf(x[0], by, -centers.of[half]), x[1] = fmaf(x[1], by, -centers.of[half]);
       }
       word[half] = pack<TYPE>(exp2_approx(x[0]), exp2_approx(x[1])) | masked;
     }
