@@ -8,8 +8,9 @@
 //   dK = dS^T Q                                key tiles
 //
 // Two warpgroups share the tiles (one to 64 tokens, three to 144). TMA brings q, k, v, dout by
-// their strides: the next item's q at once, the others when dK alone is left. From 209 tokens of
-// head dim 64 on, v takes the room of q once S is done, and q comes a second time for dK.
+// their strides: the next item's q while this one's is read, the others when dK alone is left. From
+// 209 tokens of head dim 64 on, v takes the room of q once S is done, and q comes a second time for
+// dK.
 //
 // 7 tensors of traffic, no atomics, nothing of size N x N in global memory but, for dbias, one fp32
 // matrix a block, which every thread adds to in its own places, and finish_kernel to dbias.
@@ -91,8 +92,6 @@ __global__ void __launch_bounds__(kThreads<WIDTH>, kBlocks<WIDTH>)
 
     mbarrier_wait(&loaded[kQ], phase);
     mbarrier_wait(&loaded[kK], phase);
-    if (!kLayout.late_v && thread == 0)
-      load(kQ, shared + (1 - phase) * kLayout.next_q, q_map, item + step);
 #pragma unroll 1
     for (int tile = group; tile * kTile < kRows; tile += kGroups) {
       const int row = first_row(tile, kRows) + row_in_tile;
@@ -104,7 +103,12 @@ __global__ void __launch_bounds__(kThreads<WIDTH>, kBlocks<WIDTH>)
     }
     fence_proxy_async();
     __syncthreads();  // P is there; nobody reads q
-    if (kLayout.late_v && thread == 0) load(kV, v, v_map, item);
+    if (thread == 0) {
+      if (kLayout.late_v)
+        load(kV, v, v_map, item);
+      else
+        load(kQ, shared + (1 - phase) * kLayout.next_q, q_map, item + step);
+    }
 
     mbarrier_wait(&loaded[kDout], phase);
     key_gradient(a.dv, dout, 1.0f);
