@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads<WIDTH>, kBlocks<WIDTH>)
       for (int tile = group; tile * kTile < a.Nk; tile += kGroups) {
         float c[DEPTH / 2];
         const char* const panel = scores + tile * kRows * 128;
-        if (tile == kNarrow)
+        if (kNarrow > 0 && tile == kNarrow)
           multiply_panel<TYPE, DEPTH, kSteps, Swizzle::k32>(c, panel, rows);
         else
           multiply_panel<TYPE, DEPTH, kSteps, Swizzle::k128>(c, panel, rows);
