@@ -8,9 +8,9 @@
 //   dK = dS^T Q                                key tiles
 //
 // Two warpgroups share the tiles (one to 64 tokens, three to 144). TMA brings q, k, v, dout by
-// their strides: the next item's q while this one's is read, the others when dK alone is left. From
-// 209 tokens of head dim 64 on, v takes the room of q once S is done, and q comes a second time for
-// dK.
+// their strides: the next item's q while this one's is in use, the others when dK alone is left.
+// From 209 tokens of head dim 64 on, v takes the room of q once S is done, and q comes a second
+// time for dK.
 //
 // 7 tensors of traffic, no atomics, nothing of size N x N in global memory but, for dbias, one fp32
 // matrix a block, which every thread adds to in its own places, and finish_kernel to dbias.
