@@ -9,6 +9,7 @@
 #include "add_layer_norm/add_layer_norm_plan.h"
 #include "attention/attention_plan_sm80.h"
 #include "attention/attention_plan_sm90.h"
+#include "attention/attention_plan_sm90_backward.h"
 #include "common/cpu_isa.h"
 #include "window_attention/window_attention_plan_simt.h"
 #include "window_attention/window_attention_plan_sm90.h"
@@ -127,4 +128,29 @@ PYBIND11_MODULE(_C, m) {
       py::arg("windows"), py::arg("N"), py::arg("table_rows"), py::arg("heads"), py::arg("D"),
       py::arg("multiprocessors"), py::arg("architecture"), py::arg("cosine"), py::arg("backward"),
       "Launch settings of window_attention's sm_80 kernels for 65 to 256 tokens.");
+  m.def(
+      "attention_sm90_backward_plan",
+      [](int64_t B, int H, int Nq, int Nk, int D, int multiprocessors, const std::string& bias) {
+        namespace backward = vitkernels::attention::sm90_backward;
+        using backward::Bias;
+        const std::map<std::string, Bias> kinds{{"none", Bias::kNone},
+                                                {"constant", Bias::kConstant},
+                                                {"shared", Bias::kShared},
+                                                {"per_item", Bias::kPerItem}};
+        if (!backward::serves(Nq, Nk, D)) return py::dict("serves"_a = false);
+        const auto p = backward::plan(B, H, Nq, Nk, D, multiprocessors, kinds.at(bias));
+        const auto l = backward::layout(p.width, p.depth);
+        return py::dict("serves"_a = true, "width"_a = p.width, "depth"_a = p.depth,
+                        "groups"_a = p.groups, "blocks"_a = p.blocks, "matrices"_a = p.matrices,
+                        "matrix_floats"_a = backward::matrix_floats(p.width), "rows"_a = l.rows,
+                        "late_v"_a = l.late_v, "warpgroups"_a = backward::warpgroups(p.width),
+                        "resident_blocks"_a = backward::resident_blocks(p.width),
+                        "shared_bytes"_a = l.bytes);
+      },
+      py::arg("B"), py::arg("H"), py::arg("Nq"), py::arg("Nk"), py::arg("D"),
+      py::arg("multiprocessors"), py::arg("bias"),
+      "Launch settings of attention's backward on Hopper.");
+  m.def("attention_sm90_backward_place", &vitkernels::attention::sm90_backward::place_of_score,
+        py::arg("width"), py::arg("i"), py::arg("j"),
+        "Where element (i, j) of dS lies in its matrix in scratch memory.");
 }

@@ -35,6 +35,7 @@ VK_DEVICE void pin_registers(FragmentA& a) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a.r[i])::"memory");
 }
+VK_DEVICE void pin_registers(int& x) { asm volatile("" : "+r"(x)::"memory"); }
 
 // Before the first wgmma, and again whenever accumulators or registers of A were written by
 // anything else [P: wgmma.fence]. Other registers than c: pin_registers before.

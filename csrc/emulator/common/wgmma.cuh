@@ -29,6 +29,7 @@ WgmmaOperand wgmma_operand(const void* start, int leading_bytes, int stride_byte
 template <int C>
 void pin_registers(float (&)[C]) {}
 inline void pin_registers(FragmentA&) {}
+inline void pin_registers(int&) {}
 
 // [P: wgmma.fence]
 inline void wgmma_fence(VkPlace place = VkPlace::here()) { emulator::wgmma_fence(place); }
