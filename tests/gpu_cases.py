@@ -22,7 +22,7 @@ from problems import DTYPE_IDS, Problem, check, output_gradients
 from window_attention_problems import MAP_LAYOUTS, pair, window_problem
 
 from vitkernels import _native, _regimes, testing
-from vitkernels.evidence.outcome import NOT_RUN, PASSED, Outcome
+from vitkernels.evidence.outcome import FAILED, NOT_RUN, PASSED, Outcome, outcome_of
 from vitkernels.evidence.shapes import HAS_PATHS, PATHS
 
 FP32, BF16, FP16 = DTYPE_IDS
@@ -76,8 +76,13 @@ class Case:
 
     def facts(self) -> dict:
         """What a record says of the case, whatever came of it."""
-        of_case = {"op": self.op, "backend": self.backend, "path": self.path}
-        return of_case | {"regimes": regimes(self.problem("cpu"))}
+        return {"op": self.op, "backend": self.backend, "path": self.path}
+
+    def outcome(self, device: str, *, values: bool = True) -> Outcome:
+        """With the regimes that a failure counts against."""
+        found = outcome_of(lambda: self.run(device, values=values))
+        told = {"regimes": regimes(self.problem("cpu"))} if found.status == FAILED else {}
+        return dataclasses.replace(found, facts=self.facts() | told)
 
     def run(self, device: str, *, values: bool = True) -> Outcome:
         """Forward and every gradient; without `values` they are run and not compared."""

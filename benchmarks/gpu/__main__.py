@@ -95,7 +95,9 @@ def run_part(part: str, options: argparse.Namespace) -> int:
     of_machine, kind = facts(device), kind_of(device)
     path = options.out / file_name(kind, part, of_machine)
     record = Record(path, kind, part, of_machine)
-    left = record.plan(_chosen(part, options))
+    record.plan(module.names(options.device), module.facts_of)
+    chosen = _chosen(part, options)
+    left = record.left(chosen)
     print(f"{part}: {len(left)} cases to run, into {path}", flush=True)
     started = time.monotonic()
     seconds, environment = 60 * options.minutes, _environment(options.device)
@@ -113,14 +115,13 @@ def run_part(part: str, options: argparse.Namespace) -> int:
             patience=PATIENCE.get(part, 150.0),
             environment=environment,
             say=_say,
-            facts_of=module.facts_of,
         )
         done = runner.run(left)
     print(f"\n{table(record)}")
     if not done:
         minutes = (time.monotonic() - started) / 60
         print(f"stopped after {minutes:.1f} minutes: the same command goes on")
-    return status_of(record, done)
+    return status_of([record.cases[name] for name in chosen])
 
 
 def _say(text: str) -> None:

@@ -17,4 +17,4 @@ def facts_of(name: str) -> dict:
 
 
 def run(name: str, device: str) -> Outcome:
-    return (NUMERICS | SMALL)[name].run(device)
+    return (NUMERICS | SMALL)[name].outcome(device)

@@ -35,22 +35,19 @@ def summary(record: Record) -> str:
 
 
 def _problems(record: Record) -> list[str]:
-    lines = [f"FAILED {name}: {record.cases[name].get('why', '')}" for name in record.failed()]
-    reasons = Counter(
-        case.get("why", "") for case in record.cases.values() if case["status"] == NOT_RUN
-    )
+    cases = record.cases
+    failed = {name: case for name, case in cases.items() if case["status"] == FAILED}
+    lines = [f"FAILED {name}: {case.get('why', '')}" for name, case in failed.items()]
+    reasons = Counter(case.get("why") for case in cases.values() if case["status"] == NOT_RUN)
     return [*lines, *(f"not run ({n}): {why}" for why, n in reasons.items())]
 
 
 def _kernels(cases: dict[str, dict[str, Any]]) -> list[str]:
     """operator, kernel -> how many of each status."""
     counts: dict[tuple[str, str], Counter] = {}
-    for name, case in cases.items():
-        words = name.split()
-        op, kernel = case.get("op"), f"{case.get('backend')} {case.get('path', '')}".strip()
-        if op is None:  # a case that has not run says so by its name alone
-            op, kernel = words[0], words[1]
-        counts.setdefault((op, kernel), Counter())[case["status"]] += 1
+    for case in cases.values():
+        kernel = f"{case['backend']} {case['path']}".strip()
+        counts.setdefault((case["op"], kernel), Counter())[case["status"]] += 1
     width = max((len(f"{op} {kernel}") for op, kernel in counts), default=0)
     head = f"{'':{width}}" + "".join(f"{status:>9}" for status in STATUSES)
     return [
@@ -101,8 +98,7 @@ def _models(cases: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def status_of(record: Record, complete: bool) -> int:
-    """0 proven; 1 a case failed; 3 some have not run."""
-    if any(case["status"] == FAILED for case in record.cases.values()):
-        return 1
-    return 0 if complete and not record.unfinished() else 3
+def status_of(cases: list[dict[str, Any]]) -> int:
+    """0 all have run and none failed; 1 a case failed; 3 some have not run."""
+    statuses = {case["status"] for case in cases}
+    return 1 if FAILED in statuses else 3 if NOT_RUN in statuses else 0

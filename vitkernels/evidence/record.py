@@ -12,11 +12,12 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .facts import EMULATION, HARDWARE
-from .outcome import FAILED, FINISHED, NOT_RUN, STATUSES, Outcome
+from .outcome import FINISHED, NOT_RUN, STATUSES, Outcome
 
 FORMAT = 1
 FACTS = ("gpu", "compute_capability", "driver", "cuda", "torch", "triton", "commit", "date")
@@ -72,27 +73,27 @@ class Record:
     def cases(self) -> dict[str, dict[str, Any]]:
         return self.content["cases"]
 
-    def plan(self, names: list[str]) -> list[str]:
-        """Enter what is planned; the names that have no result yet, in order."""
+    def plan(self, names: list[str], facts_of: Callable[[str], dict[str, Any]]) -> None:
+        """Enter what is planned, and what each case is."""
         for name in names:
-            self.cases.setdefault(name, Outcome(NOT_RUN, NEVER).as_json())
+            if name not in self.cases:
+                self.cases[name] = Outcome(NOT_RUN, NEVER).as_json() | facts_of(name)
         self.save()
+
+    def left(self, names: list[str]) -> list[str]:
+        """Those that have no result yet, in order."""
         return [name for name in names if self.cases[name]["status"] not in FINISHED]
 
     def add(self, name: str, result: dict[str, Any]) -> None:
-        self.cases[name] = result
+        """The result of a case; what the plan said of it stays."""
+        planned = {k: v for k, v in self.cases[name].items() if k not in ("status", "why")}
+        self.cases[name] = planned | result
         self.save()
 
     def save(self) -> None:
         """The file is replaced whole, never half-written."""
         if self.path is not None:
             write_whole(self.path, json.dumps(self.content, indent=1) + "\n")
-
-    def failed(self) -> list[str]:
-        return [name for name, case in self.cases.items() if case["status"] == FAILED]
-
-    def unfinished(self) -> list[str]:
-        return [name for name, case in self.cases.items() if case["status"] == NOT_RUN]
 
 
 def write_whole(path: Path, text: str) -> None:

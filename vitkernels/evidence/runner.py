@@ -44,13 +44,10 @@ class Runner:
         patience: float = PATIENCE,
         environment: dict[str, str] | None = None,
         say: Callable[[str], None] = lambda text: None,
-        facts_of: Callable[[str], dict[str, Any]] = lambda name: {},
     ):
-        """target: "module:function", called in the worker as function(name, **arguments). facts_of:
-        what is entered beside the outcome of a case that did not say itself what it was."""
+        """target: "module:function", called in the worker as function(name, **arguments)."""
         self.record, self.target, self.arguments = record, target, arguments
         self.seconds, self.patience, self.say = seconds, patience, say
-        self.facts_of = facts_of
         self.environment = {**os.environ, **(environment or {})}
         self.started = time.monotonic()
 
@@ -96,8 +93,7 @@ class Runner:
                     return
 
     def _enter(self, name: str, answer: dict[str, Any]) -> None:
-        facts = {} if "op" in answer else self.facts_of(name)
-        self.record.add(name, answer | facts)
+        self.record.add(name, answer)
         why = f": {answer['why']}" if answer["status"] in (FAILED, NOT_RUN) else ""
         self.say(f"{answer['status']:8} {name}{why}")
 
