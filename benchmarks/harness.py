@@ -67,9 +67,7 @@ class Case:
         return {name: functools.partial(run, function) for name, function in functions.items()}
 
 
-def case_of(
-    subject: Subject, name: str, dtype: torch.dtype, direction: str, targets: dict
-) -> Case:
+def case_of(subject: Subject, name: str, dtype: torch.dtype, direction: str, targets: dict) -> Case:
     """A subject of vitkernels.evidence beside eager and the stock ways that it knows."""
     return Case(
         subject.op,

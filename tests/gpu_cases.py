@@ -133,7 +133,10 @@ def regimes(problem: Problem) -> list[str]:
     else:
         C = inputs["x"].shape[-1]
         sizes = (4 * C,) if problem.op == "patch_merge_layer_norm" else (C,)
-    if "bias" in {**inputs, **problem.options} and problem.op in ("attention", "attention_qkvpacked"):
+    if "bias" in {**inputs, **problem.options} and problem.op in (
+        "attention",
+        "attention_qkvpacked",
+    ):
         variant = "bias"
     return [_regimes.regime(problem.op, dtypes, t, sizes, variant) for t in (False, True)]
 

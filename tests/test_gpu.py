@@ -1,4 +1,4 @@
-"""The numerics of `make test-gpu` one by one, on an NVIDIA GPU: `pytest -m gpu -k "attention and sm90"`.
+"""The numerics of `make test-gpu` one by one, on an NVIDIA GPU: `pytest -m gpu -k sm90`.
 
 Nothing here runs in `make test`; tests/test_gpu_parts.py runs the small cases on a CPU.
 """

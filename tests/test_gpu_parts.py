@@ -264,7 +264,9 @@ def test_without_a_sanitizer_the_part_has_not_run(tmp_path, monkeypatch, capsys)
     cases = read(tmp_path / "emulation-sanitize.json")["cases"]
     assert {case["status"] for case in cases.values()} == {"not run"}
     lines = capsys.readouterr().out.splitlines()
-    assert sum("neither on PATH nor in CUDA_HOME" in line for line in lines) == 2  # said, and summed
+    assert (
+        sum("neither on PATH nor in CUDA_HOME" in line for line in lines) == 2
+    )  # said, and summed
     assert lines[-1].startswith("0 passed")
 
 
@@ -275,7 +277,10 @@ def test_without_a_sanitizer_the_part_has_not_run(tmp_path, monkeypatch, capsys)
     ("arguments", "said"),
     [
         ("", "the following arguments are required: PART"),
-        ("numeric", "PART must be of numerics, determinism, sanitize, kernels, models, got numeric"),
+        (
+            "numeric",
+            "PART must be of numerics, determinism, sanitize, kernels, models, got numeric",
+        ),
         ("numerics --minutes 0", "--minutes: must be above 0, got 0"),
         ("numerics --minutes long", "--minutes: invalid float value"),
         ("numerics --device cpu", "--device cpu: name a folder by --out"),

@@ -38,6 +38,9 @@ _LIBRARY = torch.library.Library("vitkernels", "DEF")
 _forced: str | None = (
     None  # set by use_backend; a module global because torch.compile can guard on it
 )
+regime_of_raw: dict[
+    str, Callable
+] = {}  # raw operator -> (operator, sizes, variant) of its arguments
 
 
 # --- declaring raw operators ----------------------------------------------------------------------
@@ -62,7 +65,8 @@ def declare(
     _LIBRARY.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
     for device in _native.devices["triton"]:
         _LIBRARY.impl(f"{name}.triton", triton, device.upper())
-    _LIBRARY.impl(name, _preferred_kernel(name, regime), "CUDA")
+    regime_of_raw[name] = regime
+    _LIBRARY.impl(name, _preferred_kernel(name), "CUDA")
     if (
         _native.missing["cpu"] is not None
     ):  # the C++ library registers the default overload for CPU itself
@@ -96,7 +100,7 @@ def _without_autocast(fn: Callable) -> Callable:
     return call
 
 
-def _preferred_kernel(name: str, regime: Callable) -> Callable:
+def _preferred_kernel(name: str) -> Callable:
     """What the default overload of an exported graph runs on CUDA: the winner recorded for this
     call's regime, else the reference. A forward cannot know whether a backward will follow."""
     directions = (True,) if name.endswith("_bwd") else (False, True)
@@ -104,7 +108,7 @@ def _preferred_kernel(name: str, regime: Callable) -> Callable:
     def call(*args):
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         dtypes = tuple(t.dtype for t in tensors)
-        op, sizes, variant = regime(*args)
+        op, sizes, variant = regime_of_raw[name](*args)
         for training in directions:
             of_call = _regimes.regime(op, dtypes, training, sizes, variant)
             winner = recorded_winner(op, tensors[0].device, of_call)
@@ -173,7 +177,8 @@ def choose(
         return "reference"
     winner: str | None = "cpu"
     if device.type != "cpu":
-        of_call = sizes and _regimes.regime(op, dtypes, training, sizes, variant)
+        known = sizes is not None
+        of_call = _regimes.regime(op, dtypes, training, sizes, variant) if known else None
         winner = recorded_winner(op, device, of_call)
     for backend in table:
         if backend.name == winner and backend.refusal(device, dtypes, facts) is None:

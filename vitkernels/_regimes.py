@@ -16,7 +16,7 @@ _ROWS = (("C", (256, 1024, 2048)),)  # channels of a row
 _TOKENS = (("N", (64, 272, 640)), ("D", (32, 64, 128)))  # keys, head dim
 _PRODUCT = (("K", (256, 1024)),)  # the length of the sums
 
-# operator -> its sizes in the order of `choose(sizes=...)`, each with the upper ends of its classes.
+# operator -> its sizes, in the order of `choose(sizes=...)`, and the upper ends of their classes.
 SIZES: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
     "add_layer_norm": _ROWS,
     "layer_norm_add": _ROWS,

@@ -1,7 +1,7 @@
-"""GPU evidence in named parts: `python -m benchmarks.gpu PART ...`; `make test-gpu`, `make bench-gpu`.
+"""GPU evidence in named parts: `python -m benchmarks.gpu PART ...`, `make test-gpu`, `bench-gpu`.
 
 Each part runs cases of vitkernels.evidence or tests/gpu_cases.py in worker processes and keeps one
-record of them; `status.py` makes the README's table and the package's dispatch tables of the records.
+record of them; `status.py` makes the README's table and the dispatch tables of the records.
 """
 
 import sys

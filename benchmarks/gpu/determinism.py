@@ -21,8 +21,8 @@ REPEATS = {"cuda": 250, "cpu": 3}
 BATCH = 4
 DTYPE = torch.bfloat16
 KINDS = ("repeats", "side-stream", "graph-forward", "graph-both", "large")
-# operator -> shape with more than 2^31 elements in its largest tensor. The last rows of the LayerNorms
-# are none that DropPath drops, as the first ones.
+# operator -> shape with more than 2^31 elements in its largest tensor. DropPath keeps the last rows
+# of the LayerNorms, as it keeps the first ones.
 LARGE = {
     "add_layer_norm": (2**31 // 1024 + 6, 1, 1024),
     "layer_norm_add": (2**31 // 1024 + 6, 1, 1024),

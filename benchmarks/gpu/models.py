@@ -11,8 +11,8 @@ import torch
 from vitkernels import _dispatch
 from vitkernels.cli.bench import FORWARD, TRAIN
 from vitkernels.cli.bench.contenders import OURS
-from vitkernels.cli.bench.race import Plan, Race
 from vitkernels.cli.bench.race import Case as RaceCase
+from vitkernels.cli.bench.race import Plan, Race
 from vitkernels.evidence.outcome import FAILED, PASSED, Outcome
 from vitkernels.evidence.record import read_folder
 from vitkernels.evidence.verdicts import dispatch_records

@@ -22,7 +22,10 @@ from vitkernels.evidence.verdicts import dispatch_records
 
 from . import RESULTS, ROOT
 
-BEGIN, END = "<!-- gpu-status: made by `python -m benchmarks.gpu.status --write` -->", "<!-- end -->"
+BEGIN, END = (
+    "<!-- gpu-status: made by `python -m benchmarks.gpu.status --write` -->",
+    "<!-- end -->",
+)
 NEVER = "has not run on a GPU"
 TITLES = {"cuda": "CUDA C++", "triton": "Triton"}
 PARTS = ("numerics", "determinism", "sanitize")
@@ -44,7 +47,9 @@ def status_table(records: list[dict[str, Any]]) -> str:
             told = [_of_gpu(op, backend, of_gpu, tables) for of_gpu in _by_gpu(records)]
             text = "; ".join(filter(None, told)) or NEVER
             said.setdefault(text, []).append(f"`{op}`")
-        lines += [f"| {TITLES[backend]} | {', '.join(ops)} | {text} |" for text, ops in said.items()]
+        lines += [
+            f"| {TITLES[backend]} | {', '.join(ops)} | {text} |" for text, ops in said.items()
+        ]
     return "\n".join(lines)
 
 

@@ -146,27 +146,28 @@ def run_contest(
         stock = {STOCK: Way(one.ours(STOCK)), "eager": Way(one.eager)}
         return {**ours(one, paths), **stock, **(peers(contest, one) if peers else {})}
 
-    truth = Truth.of(contest, checked, device)
-    good, unfit, peers_unfit = [], {}, {}
-    for name, way in ways_of(checked).items():
+    outcomes = check_ways(ways_of(checked), Truth.of(contest, checked, device))
+    unfit = {name: o for name, o in outcomes.items() if o.status != PASSED}
+    good = {name: way for name, way in ways_of(subject).items() if name not in unfit}
+    facts["passed"] = [name for name, way in good.items() if way.ours]
+    facts["unfit"] = {n: o.as_json() for n, o in unfit.items() if n.split()[0] in KERNELS}
+    facts["peers_unfit"] = {n: o.as_json() for n, o in unfit.items() if n not in facts["unfit"]}
+    facts["seconds"] = time_ways(good, contest, subject, device, seconds)
+    wrong = {name: o for name, o in facts["unfit"].items() if o["status"] == FAILED}
+    why = "; ".join(f"{name}: {o['why']}" for name, o in wrong.items())
+    return Outcome(FAILED if wrong else PASSED, why, facts)
+
+
+def check_ways(ways: dict[str, Way], truth: Truth) -> dict[str, Outcome]:
+    """name -> what came of its check."""
+
+    def outcome(name: str, way: Way) -> Outcome:
         missing = _native.missing[name.split()[0]] if way.ours else None
-        outcome = Outcome(NOT_RUN, missing or "")
-        if missing is None:
-            outcome = outcome_of(lambda name=name, way=way: truth.check(way, name))  # type: ignore[misc]
-        if outcome.status == PASSED:
-            good.append(name)
-        else:
-            (unfit if way.ours else peers_unfit)[name] = outcome.as_json()
-    del truth
-    facts["passed"] = [name for name in good if name.split()[0] in KERNELS]
-    facts["unfit"], facts["peers_unfit"] = unfit, peers_unfit
-    ways = ways_of(subject)
-    facts["seconds"] = time_ways(
-        {name: ways[name] for name in good}, contest, subject, device, seconds
-    )
-    failed = {name: o["why"] for name, o in unfit.items() if o["status"] == FAILED}
-    why = "; ".join(f"{name}: {text}" for name, text in failed.items())
-    return Outcome(FAILED if failed else PASSED, why, facts)
+        if missing is not None:
+            return Outcome(NOT_RUN, missing)
+        return outcome_of(lambda: truth.check(way, name))
+
+    return {name: outcome(name, way) for name, way in ways.items()}
 
 
 def time_ways(

@@ -34,7 +34,8 @@ def validate(found: Any) -> dict[str, Any]:
         raise BadRecord(f"no record of format {FORMAT}")
     if found.get("kind") not in (HARDWARE, EMULATION):
         raise BadRecord(f"kind must be {HARDWARE} or {EMULATION}, got {found.get('kind')!r}")
-    facts, cases = found.get("facts"), found.get("cases")
+    facts: Any = found.get("facts")
+    cases: Any = found.get("cases")
     if not isinstance(found.get("part"), str) or not isinstance(cases, dict):
         raise BadRecord("part must be a name and cases an object")
     missing = [name for name in FACTS if not isinstance(facts, dict) or name not in facts]

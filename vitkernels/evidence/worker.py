@@ -6,6 +6,7 @@ prints goes to standard error.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -25,7 +26,7 @@ def main() -> int:
     for line in sys.stdin:
         name = line.rstrip("\n")
         try:
-            result = outcome_of(lambda name=name: run(name, **arguments)).as_json()
+            result = outcome_of(functools.partial(run, name, **arguments)).as_json()
         except DeviceLost as error:
             result = Outcome(FAILED, str(error)).as_json() | {"lost": True}
         print(json.dumps(result), file=answers, flush=True)

@@ -81,8 +81,10 @@ def add_layer_norm(
     tensors = (x, residual, weight, bias, gamma)
     dtypes = (*(t.dtype for t in tensors if t is not None), out_dtype)
     training = needs_autograd(*tensors)
-    options = {"training": training, "sizes": x.shape[-1:]}
-    chosen = choose("add_layer_norm", BACKENDS, backend, x.device, dtypes, **options)
+    sizes = x.shape[-1:]
+    chosen = choose(
+        "add_layer_norm", BACKENDS, backend, x.device, dtypes, training=training, sizes=sizes
+    )
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
     row_scale = None if row_scale is None else row_scale.to(_stat_dtype(x))
     args = (*tensors, row_scale, seed, float(dropout_p), float(eps), out_dtype)
@@ -130,8 +132,10 @@ def layer_norm_add(
     _check_layer_norm_add(x, residual, weight, bias, eps, row_scale)
     dtypes = tuple(t.dtype for t in (x, residual, weight, bias) if t is not None)
     training = needs_autograd(x, residual, weight, bias)
-    options = {"training": training, "sizes": x.shape[-1:]}
-    chosen = choose("layer_norm_add", BACKENDS, backend, x.device, dtypes, **options)
+    sizes = x.shape[-1:]
+    chosen = choose(
+        "layer_norm_add", BACKENDS, backend, x.device, dtypes, training=training, sizes=sizes
+    )
     row_scale = None if row_scale is None else row_scale.to(_stat_dtype(x))
     args = (x, residual, weight, bias, row_scale, float(eps))
     if chosen == "torch":

@@ -298,6 +298,7 @@ def _fake_packed_bwd(
 
 _OPTIONS = "Tensor? bias, Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p"
 
+
 def _regime(k, bias):
     facts = _facts(k.shape[1], k.shape[3], bias)
     return "attention", facts["sizes"], facts["variant"]

@@ -107,8 +107,8 @@ def _call(op, x, weight, bias, activation, save_preactivation, backend):
     out_dtype = autocast_dtype(x.device) or x.dtype
     dtypes = tuple(t.dtype for t in (x, weight, bias) if t is not None) + (out_dtype,)
     training = needs_autograd(x, weight, bias)
-    options = {"training": training, "sizes": x.shape[-1:]}
-    chosen = choose(op, BACKENDS, backend, x.device, dtypes, **options)
+    sizes = x.shape[-1:]
+    chosen = choose(op, BACKENDS, backend, x.device, dtypes, training=training, sizes=sizes)
     args = (x, weight, bias, activation, save_preactivation, out_dtype)
     if chosen == "torch":
         return _stock(*args)

@@ -84,9 +84,11 @@ def patch_embed(
     tensors = (images, weight, bias, pos_embed, prefix_tokens)
     floats = [t.dtype for t in tensors if t is not None and t.dtype != torch.uint8]
     training = needs_autograd(*tensors)
-    options = {"training": training, "sizes": (weight.shape[1:].numel(),)}
+    sizes = (weight.shape[1:].numel(),)
     dtypes = (*floats, out_dtype)
-    chosen = choose("patch_embed", BACKENDS, backend, images.device, dtypes, **options)
+    chosen = choose(
+        "patch_embed", BACKENDS, backend, images.device, dtypes, training=training, sizes=sizes
+    )
     args = (*tensors, mean, std, out_dtype)
     if chosen == "torch":
         return _stock(*args)

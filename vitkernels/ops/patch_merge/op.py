@@ -71,8 +71,16 @@ def patch_merge_layer_norm(
     out_dtype = autocast_dtype(x.device) or x.dtype
     dtypes = tuple(t.dtype for t in (x, weight, bias) if t is not None) + (out_dtype,)
     training = needs_autograd(x, weight, bias)
-    options = {"training": training, "sizes": (4 * x.shape[-1],)}
-    chosen = choose("patch_merge_layer_norm", BACKENDS, backend, x.device, dtypes, **options)
+    sizes = (4 * x.shape[-1],)
+    chosen = choose(
+        "patch_merge_layer_norm",
+        BACKENDS,
+        backend,
+        x.device,
+        dtypes,
+        training=training,
+        sizes=sizes,
+    )
     args = (x, weight, bias, float(eps), out_dtype)
     if chosen == "torch":
         return _stock(*args)
