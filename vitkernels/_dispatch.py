@@ -177,8 +177,9 @@ def choose(
         return "reference"
     winner: str | None = "cpu"
     if device.type != "cpu":
-        known = sizes is not None
-        of_call = _regimes.regime(op, dtypes, training, sizes, variant) if known else None
+        of_call = None
+        if sizes is not None:
+            of_call = _regimes.regime(op, dtypes, training, sizes, variant)
         winner = recorded_winner(op, device, of_call)
     for backend in table:
         if backend.name == winner and backend.refusal(device, dtypes, facts) is None:
