@@ -32,13 +32,13 @@ test-all: build
 test-gpu: build
 	$(PY) -m benchmarks.gpu $(or $(PART),numerics determinism sanitize) $(if $(OUT),--out $(OUT)) $(ARGS)
 
+bench-gpu: build
+	$(PY) -m benchmarks.gpu $(or $(PART),kernels models) $(if $(OUT),--out $(OUT)) $(ARGS)
+
 # Emulated kernels under ThreadSanitizer, or AddressSanitizer: races and bounds, no GPU needed (csrc/emulator/README.md).
 test-emu-tsan test-emu-asan: test-emu-%: build
 	VITKERNELS_EMULATOR=1,$* $(BUILD)
 	$(PYTEST) -m slow tests/test_emulator_sanitizers.py -k $* $(ARGS)
-
-bench-gpu: build
-	$(PY) -m benchmarks.gpu $(or $(PART),kernels models) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 bench: build
 	$(PY) -m benchmarks $(ARGS)

@@ -63,8 +63,8 @@ def gencode_of(source: Path) -> str:
     return " ".join(CUDA_ARCHS[arch] for arch in wanted)
 
 
-# VITKERNELS_EMULATOR, one or more with commas -> name, flags of the kernels and of the emulator, which
-# is not instrumented itself (csrc/emulator/sanitizer.h). Their tests preload the sanitizer's library.
+# VITKERNELS_EMULATOR, one or more with commas -> name, flags of the kernels, flags of the emulator,
+# which is not instrumented itself (csrc/emulator/sanitizer.h). Tests preload the sanitizer.
 _TRACED = "-O1 -g -fno-omit-frame-pointer"
 EMULATORS = {
     "1": ("emu", "", ""),

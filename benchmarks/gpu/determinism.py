@@ -102,8 +102,9 @@ def _graph(function, inputs, grads, first, name) -> None:
     with torch.cuda.graph(graph):
         captured = run_once(function, inputs, grads)
     for _ in range(2):
-        for tensor in captured:
-            tensor.zero_()
+        with torch.no_grad():
+            for tensor in captured:
+                tensor.zero_()
         graph.replay()
         torch.cuda.synchronize()
         testing.assert_bitwise_equal(first, captured, name)
@@ -111,6 +112,7 @@ def _graph(function, inputs, grads, first, name) -> None:
 
 def _large(op, row, backend) -> dict:
     """The last samples of a call beyond 2^31 elements equal a call of theirs alone."""
+    torch.cuda.empty_cache()  # tens of GB are needed in one piece
     last = LAST * 197 if op.startswith("linear") else LAST
     tail = _resized(row, (last, *LARGE[op][1:]))
     inputs, _ = problem(tail, 0, DTYPE, FORWARD, torch.device("cuda"))

@@ -32,7 +32,10 @@ def limits(device: str) -> Limits:
 def run(name: str, device: str) -> Outcome:
     measured = limits(device)
     contest, on = contest_named(name), torch.device(device)
-    outcome = run_contest(contest, on, measured, seconds=SECONDS[device], peers=peers)
+    # The truth of a whole batch takes up to 40 GB in float64.
+    large = device == "cuda" and torch.cuda.get_device_properties(on).total_memory > 70e9
+    options = {"peers": peers, "check_batch": None if large else 4}
+    outcome = run_contest(contest, on, measured, seconds=SECONDS[device], **options)
     outcome.facts["copy_bytes_per_second"] = measured.bytes_per_second
     outcome.facts["product_flops_per_second"] = measured.flops_per_second
     return outcome

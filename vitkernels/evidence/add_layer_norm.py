@@ -38,8 +38,8 @@ def _add_layer_norm(shape, row_scale) -> Subject:
         )
         return y, z
 
-    def make(seed, dtype):
-        random, C = normal(seed), shape[-1]
+    def make(seed, dtype, device="cpu"):
+        random, C = normal(seed, device), shape[-1]
         inputs = [random(*shape), random(*shape), 1 + random(C) / 2, random(C), random(C)]
         return [t.to(dtype) for t in inputs]
 
@@ -65,8 +65,8 @@ def _layer_norm_add(shape, row_scale) -> Subject:
     def truth(x, residual, weight, bias):
         return reference.layer_norm_add(x, residual, weight, bias, EPS, row_scale.double())[0]
 
-    def make(seed, dtype):
-        random, C = normal(seed), shape[-1]
+    def make(seed, dtype, device="cpu"):
+        random, C = normal(seed, device), shape[-1]
         inputs = [random(*shape), random(*shape), 1 + random(C) / 2, random(C)]
         return [t.to(dtype) for t in inputs]
 

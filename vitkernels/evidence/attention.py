@@ -52,8 +52,8 @@ def subject(op, shape, device="cpu", bias=False) -> Subject:
 
         return call
 
-    def make(seed, dtype):
-        random = normal(seed)
+    def make(seed, dtype, device="cpu"):
+        random = normal(seed, device)
         sizes = [(B, N, 3 * H * D)] if in_one else [shape] * 3
         if bias:
             sizes = [*sizes, (1, H, N, N)]

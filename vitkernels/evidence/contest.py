@@ -18,11 +18,10 @@ from .. import _native, testing
 from .clock import Contender, Limits, copies_for, medians
 from .outcome import FAILED, NOT_RUN, PASSED, Outcome, outcome_of
 from .shapes import HAS_PATHS, PATHS, Contest
-from .subject import BOTH, FORWARD, Subject
+from .subject import BOTH, FORWARD, Subject, normal
 
 KERNELS = ("cuda", "triton")
 STOCK = "torch"  # the composition that `auto` takes where no kernel has won
-CHECKED_BATCH = 4  # enough to compare values; times are of the whole batch
 MEMORY_BOUND = ("add_layer_norm", "layer_norm_add", "patch_merge_layer_norm")
 Within = Callable[[], contextlib.AbstractContextManager]
 
@@ -50,14 +49,14 @@ def problem(
     subject: Subject, seed: int, dtype: torch.dtype, direction: str, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs, and random gradients of the outputs where the direction needs them."""
-    inputs = [t.to(device) for t in subject.make(seed, dtype)]
+    inputs = subject.make(seed, dtype, device)
     if direction == FORWARD:
         return inputs, []
     inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
     with torch.no_grad():
         outputs = testing.as_tuple(subject.eager(*inputs))
-    generator = torch.Generator().manual_seed(seed + 1000)
-    return inputs, [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+    random = normal(seed + 1000, device)
+    return inputs, [random(*o.shape).to(o.dtype) for o in outputs]
 
 
 def run_once(function: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple:
@@ -120,17 +119,20 @@ def run_contest(
     *,
     seconds: float = 0.5,
     paths: bool = True,
+    check_batch: int | None = None,
     peers: Callable[[Contest, Subject], dict[str, Way]] | None = None,
 ) -> Outcome:
     """Check, then time. Failed when one of our kernels fails its check.
 
-    peers: (contest, subject) -> further stock ways. The outcome's facts: regime, cost and floor,
-    `seconds` of each that was timed, `passed` and `unfit` (name -> why) of our kernels,
-    `peers_unfit` of the others.
+    check_batch: samples that are checked; None: all. peers: (contest, subject) -> further stock
+    ways. The outcome's facts: regime, cost and floor, `seconds` of each that was timed, `passed`
+    and `unfit` (name -> why) of our kernels, `peers_unfit` of the others.
     """
     small = device.type == "cpu"
     subject = contest.row.subject(str(device), small=small)
-    checked = contest.row.subject(str(device), small=small, batch=CHECKED_BATCH)
+    checked = subject
+    if check_batch is not None:
+        checked = contest.row.subject(str(device), small=small, batch=check_batch)
     products = contest.row.op not in MEMORY_BOUND
     cost = subject.cost_of(contest.dtype, contest.direction)
     facts: dict[str, Any] = {
@@ -146,9 +148,11 @@ def run_contest(
         stock = {STOCK: Way(one.ours(STOCK)), "eager": Way(one.eager)}
         return {**ours(one, paths), **stock, **(peers(contest, one) if peers else {})}
 
-    outcomes = check_ways(ways_of(checked), Truth.of(contest, checked, device))
+    ways = ways_of(checked)
+    outcomes = check_ways(ways, Truth.of(contest, checked, device))
     unfit = {name: o for name, o in outcomes.items() if o.status != PASSED}
-    good = {name: way for name, way in ways_of(subject).items() if name not in unfit}
+    ways = ways if checked is subject else ways_of(subject)  # compiled ones are kept
+    good = {name: way for name, way in ways.items() if name not in unfit}
     facts["passed"] = [name for name, way in good.items() if way.ours]
     facts["unfit"] = {n: o.as_json() for n, o in unfit.items() if n.split()[0] in KERNELS}
     facts["peers_unfit"] = {n: o.as_json() for n, o in unfit.items() if n not in facts["unfit"]}

@@ -29,8 +29,8 @@ def subject(op, shape, device="cpu") -> Subject:
         function = ops.linear_gelu if gelu else ops.linear
         return lambda x, weight, bias: function(x, weight, bias, backend=backend)
 
-    def make(seed, dtype):
-        random = normal(seed)
+    def make(seed, dtype, device="cpu"):
+        random = normal(seed, device)
         return [t.to(dtype) for t in (random(rows, K), random(N, K) * 1.4 / K**0.5, random(N) / 2)]
 
     def cost(size, backward):

@@ -38,11 +38,11 @@ def subject(op, shape, device="cpu") -> Subject:
             images, weight, bias, pos_embed, prefix_tokens, mean, std, torch.float64
         )
 
-    def make(seed, dtype):
-        random, tokens = normal(seed), 1 + (H // patch) * (W // patch)
+    def make(seed, dtype, device="cpu"):
+        random, tokens = normal(seed, device), 1 + (H // patch) * (W // patch)
         weight = random(D, Cin, patch, patch) * (Cin * patch * patch) ** -0.5
         rest = (weight, random(D) / 2, random(1, tokens, D) / 2, random(1, 1, D))
-        return [uint8(seed, (B, Cin, H, W)), *(t.to(dtype) for t in rest)]
+        return [uint8(seed, device, (B, Cin, H, W)), *(t.to(dtype) for t in rest)]
 
     def cost(size, backward):
         return reference.cost(shape, 1, size, backward=backward)

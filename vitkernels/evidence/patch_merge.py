@@ -32,8 +32,8 @@ def subject(op, shape, device="cpu") -> Subject:
 
         return call
 
-    def make(seed, dtype):
-        random, C = normal(seed), 4 * shape[-1]
+    def make(seed, dtype, device="cpu"):
+        random, C = normal(seed, device), 4 * shape[-1]
         return [t.to(dtype) for t in (random(*shape), 1 + random(C) / 2, random(C))]
 
     def cost(size, backward):

@@ -18,14 +18,14 @@ __all__ = ["BOTH", "FORWARD", "Subject"]
 class Subject:
     """Every function takes the inputs; floating ones get gradients.
 
-    make: (seed, dtype) -> inputs, on the CPU. ours: backend -> function. eager: plain PyTorch in
+    make: (seed, dtype, device) -> inputs. ours: backend -> function. eager: plain PyTorch in
     the tested dtype, the yardstick of the error model. truth: of float64 inputs. cost: (itemsize,
     backward) -> (FLOPs, least bytes). sizes, variant: of the regime. peers: further stock ways.
     """
 
     op: str
     shape: tuple
-    make: Callable[[int, torch.dtype], list[Tensor]]
+    make: Callable[..., list[Tensor]]
     ours: Callable[[str | None], Callable]
     eager: Callable
     truth: Callable
@@ -46,12 +46,16 @@ class Subject:
         return flops, moved
 
 
-def normal(seed: int) -> Callable[..., Tensor]:
-    """normal(*size), from one generator on the CPU: the same numbers for every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda *size: torch.randn(size, generator=generator)
+Device = str | torch.device
 
 
-def uint8(seed: int, size: Sequence[int]) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, tuple(size), dtype=torch.uint8, generator=generator)
+def normal(seed: int, device: Device) -> Callable[..., Tensor]:
+    """normal(*size), all from one generator."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda *size: torch.randn(size, generator=generator, device=device)
+
+
+def uint8(seed: int, device: Device, size: Sequence[int]) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    values = torch.randint(0, 256, tuple(size), generator=generator, device=device)
+    return values.to(torch.uint8)

@@ -17,6 +17,7 @@ from .outcome import Outcome
 from .record import write_whole
 from .shapes import contest_named
 
+BATCH = 4  # enough to compare values, in the memory of any GPU; times are of whole batches
 SECONDS = {"cuda": 0.2, "cpu": 0.0}  # of timing for each contest
 
 
@@ -29,7 +30,9 @@ def run(name: str, device: str) -> Outcome:
     """Both kernels beside the stock composition that `auto` would take; no further peers."""
     on = torch.device(device)
     seconds = SECONDS[device]
-    return run_contest(contest_named(name), on, _limits(device), seconds=seconds, paths=False)
+    return run_contest(
+        contest_named(name), on, _limits(device), seconds=seconds, paths=False, check_batch=BATCH
+    )
 
 
 def keep(found: dict[str, Any]) -> Path:

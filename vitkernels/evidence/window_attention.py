@@ -83,10 +83,10 @@ def subject(op, shape, device="cpu", *, window, shift=0, cosine=False) -> Subjec
         raw = ((window, window), (shift, shift), heads, D**-0.5)
         return reference.window_attention(qkv, table, *raw, logit_scale, None, 0.0)[0]
 
-    def make(seed, dtype):
-        random = normal(seed)
+    def make(seed, dtype, device="cpu"):
+        random = normal(seed, device)
         inputs = [random(B, H, W, 3 * heads * D).to(dtype), random((2 * window - 1) ** 2, heads)]
-        return [*inputs, torch.full((heads,), 10.0).log()] if cosine else inputs
+        return [*inputs, torch.full((heads,), 10.0, device=device).log()] if cosine else inputs
 
     def cost(size, backward):
         return reference.cost(shape, window, size, backward=backward)
