@@ -24,12 +24,15 @@ REPORTED = {"tsan": 66, "asan": 99}
 def preloaded(kind: str) -> dict[str, str]:
     """The environment of a process that can load code built for this sanitizer."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or "g++"
-    found = subprocess.run(
-        [compiler, f"-print-file-name={RUNTIMES[kind]}"], capture_output=True, text=True, check=True
-    )
+
+    def path_of(name: str) -> str:
+        command = [compiler, f"-print-file-name={name}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     library = ROOT / "vitkernels" / "lib" / f"libvitkernels_emu_{kind}.so"
     return os.environ | {
-        "LD_PRELOAD": found.stdout.strip(),
+        # libstdc++ too: AddressSanitizer looks for its __cxa_throw before torch brings it.
+        "LD_PRELOAD": f"{path_of(RUNTIMES[kind])}:{path_of('libstdc++.so')}",
         "TSAN_OPTIONS": "exitcode=66",
         # Python itself leaks by design; what a launch reads outside its tensors ends it.
         "ASAN_OPTIONS": "detect_leaks=0:exitcode=99",

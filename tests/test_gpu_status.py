@@ -159,11 +159,14 @@ def test_tune_takes_16_bit_first_and_every_operator():
 # ---- A library built elsewhere
 
 
-def test_library_built_elsewhere(tmp_path):
-    code = "from vitkernels import _native as n; print(n.library_path('vitkernels_cuda')); "
-    code += "print(n._load('vitkernels_cuda', '')); print(n.library_path('vitkernels_cpu').parent)"
+@pytest.mark.parametrize(("emulate", "name"), [("0", "cuda"), ("1", "emu")])
+def test_library_built_elsewhere(emulate, name, tmp_path):
+    """The CUDA library, or the emulator where that stands in for it; no other."""
     path = tmp_path / "elsewhere.so"
-    env = os.environ | {"VITKERNELS_CUDA_LIBRARY": str(path)}
+    code = f"from vitkernels import _native as n; print(n.library_path('vitkernels_{name}')); "
+    code += f"print(n._load('vitkernels_{name}', '')); "
+    code += "print(n.library_path('vitkernels_cpu').parent)"
+    env = os.environ | {"VITKERNELS_CUDA_LIBRARY": str(path), "VITKERNELS_EMULATE": emulate}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     where, reason, cpu = done.stdout.splitlines()
     assert where == str(path)

@@ -427,7 +427,7 @@ void Worker::run_block(const Shape& shape, const std::function<void()>& body, In
   if (kFreshMemory) {
     stacks.clear();
     arena.reset(new char[Arena::kBytes + 1024]);
-    block.fibers = {};
+    std::vector<Fiber>().swap(block.fibers);  // with its memory
   }
   while (static_cast<int>(stacks.size()) < threads) stacks.push_back(std::make_unique<Stack>());
   block.shape = &shape;
