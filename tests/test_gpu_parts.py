@@ -129,6 +129,15 @@ def test_a_part_that_is_out_of_time_says_what_is_left(planted, capsys):
     assert planted.log() == []
 
 
+def test_a_case_under_way_when_the_time_is_up_has_not_failed(planted, monkeypatch):
+    monkeypatch.setattr(runners, "GRACE", 0.0)
+    monkeypatch.setattr(runners.Runner, "seconds_left", lambda self: 2.0)
+    assert planted("good slow last") == 3
+    statuses = [case["status"] for case in planted.cases().values()]
+    assert statuses == ["passed", "not run", "not run"]
+    assert planted.log() == ["good", "slow"]
+
+
 def test_a_worker_that_cannot_start_ends_the_run(planted, monkeypatch, capsys):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(SystemExit) as caught:

@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu PART ... [--out FOLDER] [--minutes 8] [--only TEXT]
+"""python -m benchmarks.gpu PART ... [--out FOLDER] [--minutes 7] [--only TEXT]
 
 Parts: numerics, determinism, sanitize (`make test-gpu`); kernels, models (`make bench-gpu`). A run
 that is cut short, or out of time, goes on where it stopped when it is started again. Exit status:
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(prog="python -m benchmarks.gpu")
     parser.add_argument("part", nargs="+", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the records")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of each part; then it stops")
+    parser.add_argument("--minutes", type=float, default=7.0, help="of each part; then it stops")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has it")
     # The emulator and the interpreter stand in: for the tests of these commands.
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -24,6 +25,7 @@ from .record import Record
 PATIENCE = 150.0  # seconds for one case: Triton compiles some kernels for tens of seconds
 START_PATIENCE = 300.0  # until the worker has imported torch and answers
 LOST = 77  # exit status of a worker whose GPU is lost: its last case has been reported
+GRACE = 60.0  # seconds that a case under way has when the time is up
 NO_WORKER = 3  # starts without an answer before the run gives up
 
 
@@ -53,6 +55,7 @@ class Runner:
 
     def run(self, names: list[str]) -> bool:
         left = list(names)
+        self.cut_short = False
         silent = 0
         while left and not self.time_is_up():
             before = len(left)
@@ -62,8 +65,12 @@ class Runner:
                 raise WorkerDied(f"the worker process does not start: {self.last_words}")
         return not left
 
+    def seconds_left(self) -> float:
+        spent = time.monotonic() - self.started
+        return math.inf if self.seconds is None else self.seconds - spent
+
     def time_is_up(self) -> bool:
-        return self.seconds is not None and time.monotonic() - self.started > self.seconds
+        return self.cut_short or self.seconds_left() < 0
 
     def _one_worker(self, left: list[str]) -> None:
         """Take names off `left` until they are done, the time is up, or the worker is gone."""
@@ -76,10 +83,14 @@ class Runner:
                 name = left[0]
                 with contextlib.suppress(BrokenPipeError):
                     print(name, file=process.stdin, flush=True)
-                answer = answers.get(self.patience)
+                allowed = min(self.patience, self.seconds_left() + GRACE)
+                answer = answers.get(allowed)
+                late = answer is None and process.poll() is None and not answers.ended
+                if late and allowed < self.patience:
+                    self.cut_short = True  # no failure: it comes first the next time
+                    return
                 left.pop(0)
                 if answer is None:
-                    late = process.poll() is None and not answers.ended
                     why = (
                         f"no answer within {self.patience:g} s"
                         if late
