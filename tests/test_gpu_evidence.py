@@ -91,6 +91,17 @@ def test_a_failed_case_of_another_part_bars_it_too(part):
     assert entry_of(times, of_another_operator)["backend"] == "cuda"
 
 
+def test_a_contest_that_took_the_process_down_bars_every_kernel():
+    cases = {"a": contest(cuda=1.0, triton=2.0, torch=3.0)}
+    cases["b"] = {
+        "status": "failed",
+        "op": "attention",
+        "regime": REGIME,
+        "why": "the process died",
+    }
+    assert entry_of(record("kernels", cases))["backend"] is None
+
+
 def test_an_older_commit_does_not_count():
     old = record("kernels", {"a": contest(cuda=1.0, torch=3.0)}, commit="b" * 40, date="2026-11-01")
     cases = {"a": contest(regime="forward fp32 N<=64 D<=64", cuda=1.0, torch=3.0)}

@@ -21,7 +21,7 @@ def names(device: str) -> list[str]:
 
 
 def facts_of(name: str) -> dict:
-    return {"op": name.split()[0]}
+    return contest_named(name).facts()
 
 
 @functools.cache

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     from ..evidence.outcome import FAILED
     from ..evidence.record import Record
     from ..evidence.runner import Runner, WorkerDied
-    from ..evidence.shapes import contests
+    from ..evidence.shapes import contest_named, contests
     from ..evidence.tune import keep
     from ..evidence.verdicts import TUNE_PART, dispatch_records
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--only: no call has {options.only!r} in its name")
     device = torch.device(options.device)
     record = Record(None, kind_of(device), TUNE_PART, facts(device))
-    record.plan(names, lambda name: {"op": name.split()[0]})
+    record.plan(names, lambda name: contest_named(name).facts())
     on_cpu = {"VITKERNELS_EMULATE": "1", "TRITON_INTERPRET": "1"}
     runner = Runner(
         record,

@@ -23,6 +23,8 @@ from .subject import BOTH, FORWARD, Subject, normal
 KERNELS = ("cuda", "triton")
 STOCK = "torch"  # the composition that `auto` takes where no kernel has won
 MEMORY_BOUND = ("add_layer_norm", "layer_norm_add", "patch_merge_layer_norm")
+# Of a gradient of a few long sums, such as logit_scale's, the yardstick's own error is a lottery.
+FEW, FEW_SLACK = 32, 8.0
 Within = Callable[[], contextlib.AbstractContextManager]
 
 
@@ -99,16 +101,18 @@ class Truth:
         if not self.grads:
             outputs = len(results)
         truncating = _native.INTERPRET and name == "triton"
-        for part in (slice(0, outputs), slice(outputs, None)):
-            if self.exact[part]:
+        few = [i for i in range(outputs, len(results)) if self.exact[i].numel() < FEW]
+        grads = [i for i in range(outputs, len(results)) if i not in few]
+        for part, slack in ((range(outputs), 1.0), (grads, 1.0), (few, FEW_SLACK)):
+            if part:
                 testing.assert_close_to_truth(
-                    results[part],
-                    self.base[part],
-                    self.exact[part],
+                    [results[i] for i in part],
+                    [self.base[i] for i in part],
+                    [self.exact[i] for i in part],
                     dtype=self.dtype,
                     what=f"{self.title}: {name}",
                     truncating_stores=truncating,
-                    slack=1.0 if way.ours else 4.0,
+                    slack=slack if way.ours else 4.0 * slack,
                 )
 
 

@@ -15,7 +15,9 @@ FINISHED = (PASSED, FAILED, REFUSED)  # what a resumed run does not repeat
 
 # What a path or a backend says of a call that it does not serve; anything else is a failure.
 _REFUSAL = re.compile(r"path \w+ cannot serve this call: (.*)|cannot serve this call: (.*)")
-_LOST_DEVICE = re.compile(r"CUDA error|CUDA driver error|cudaError|device-side assert", re.I)
+_LOST_DEVICE = re.compile(
+    r"CUDA error|CUDA driver error|Triton Error \[CUDA\]|cudaError|device-side assert", re.I
+)
 
 
 class DeviceLost(Exception):
@@ -36,6 +38,8 @@ def outcome_of(run: Callable[[], Any]) -> Outcome:
     """Run a case; what it returns may be facts of a passed one, or an Outcome of its own."""
     try:
         found = run()
+    except DeviceLost:  # of a case inside this one
+        raise
     except torch.OutOfMemoryError:
         return Outcome(NOT_RUN, "out of memory")
     except AssertionError as error:

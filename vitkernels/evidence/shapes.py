@@ -109,6 +109,11 @@ class Contest:
     def name(self) -> str:
         return f"{self.row.op} {self.row.name} {SHORT[self.dtype]} {self.direction}"
 
+    def facts(self) -> dict[str, str]:
+        """What a record says of it, whatever comes of it."""
+        regime = self.row.subject("cpu").regime(self.dtype, self.direction)
+        return {"op": self.row.op, "regime": regime}
+
 
 def contests(tune_only: bool = False) -> Iterator[Contest]:
     """16-bit before fp32, so that a run cut short has what people need most."""

@@ -63,6 +63,10 @@ def _failed(records: list[dict[str, Any]]) -> dict[str, dict[str, set[str | None
                     if outcome["status"] == FAILED:
                         of_op = found.setdefault(case["op"], {})
                         of_op.setdefault(name.split()[0], set()).add(case["regime"])
+            elif case["status"] == FAILED and "regime" in case:  # the process died: of any kernel
+                for kernel in KERNELS:
+                    of_op = found.setdefault(case["op"], {})
+                    of_op.setdefault(kernel, set()).add(case["regime"])
             elif case["status"] == FAILED and "backend" in case:
                 regimes = case.get("regimes") or [None]
                 found.setdefault(case["op"], {}).setdefault(case["backend"], set()).update(regimes)
