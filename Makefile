@@ -11,7 +11,7 @@ BUILD   := VITKERNELS_WERROR=1 $(PY) setup.py --quiet build_ext --inplace
 PYTEST  := $(PY) -m pytest
 CPP     := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.cu' 'tests/*.cuh' 2>/dev/null)
 
-.PHONY: run build test test-all test-gpu bench lint format clean
+.PHONY: run build test test-all test-gpu test-emu-tsan test-emu-asan bench-gpu bench lint format clean
 
 run: $(STAMPS)/package
 	VITKERNELS_CUDA=$(HAS_GPU) $(BUILD)
@@ -27,9 +27,18 @@ test: build
 test-all: build
 	$(PYTEST) -n $(JOBS) -m "not gpu" $(ARGS)
 
-# On a machine with an NVIDIA GPU: numerics of the cuda and triton backends on the device itself.
+# On a machine with an NVIDIA GPU, into the records of OUT (benchmarks/results/); the same command goes on where it
+# stopped. PART is one or more of numerics, determinism, sanitize; of bench-gpu kernels, models.
 test-gpu: build
-	VITKERNELS_TEST_DEVICE=cuda $(PYTEST) -m gpu $(ARGS)
+	$(PY) -m benchmarks.gpu $(or $(PART),numerics determinism sanitize) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+bench-gpu: build
+	$(PY) -m benchmarks.gpu $(or $(PART),kernels models) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+# Emulated kernels under ThreadSanitizer, or AddressSanitizer: races and bounds, no GPU needed (csrc/emulator/README.md).
+test-emu-tsan test-emu-asan: test-emu-%: build
+	VITKERNELS_EMULATOR=1,$* $(BUILD)
+	$(PYTEST) -m slow tests/test_emulator_sanitizers.py -k $* $(ARGS)
 
 bench: build
 	$(PY) -m benchmarks $(ARGS)

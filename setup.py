@@ -9,7 +9,7 @@ Python.h and pybind11
 
 A missing tool leaves that library out; `vitkernels info` says so. Environment: VITKERNELS_NATIVE=0
 builds nothing, VITKERNELS_CUDA={auto,0,1}, VITKERNELS_CUDA_ARCHS="80;90a",
-VITKERNELS_EMULATOR={0,1}, CXX, NVCC, MAX_JOBS.
+VITKERNELS_EMULATOR={0,1,tsan,asan}, CXX, NVCC, MAX_JOBS.
 """
 
 import importlib.util
@@ -61,6 +61,24 @@ def gencode_of(source: Path) -> str:
     elif "_sm80" in source.stem:
         wanted = ["80"]
     return " ".join(CUDA_ARCHS[arch] for arch in wanted)
+
+
+# VITKERNELS_EMULATOR, one or more with commas -> name, flags of the kernels, flags of the emulator,
+# which is not instrumented itself (csrc/emulator/sanitizer.h). Tests preload the sanitizer.
+_TRACED = "-O1 -g -fno-omit-frame-pointer"
+EMULATORS = {
+    "1": ("emu", "", ""),
+    "tsan": (
+        "emu_tsan",
+        f"-fsanitize=thread {_TRACED} -DVK_EMULATOR_TSAN",
+        "-g -DVK_EMULATOR_TSAN",
+    ),
+    "asan": (
+        "emu_asan",
+        f"-fsanitize=address {_TRACED} -DVK_EMULATOR_ASAN",
+        "-g -DVK_EMULATOR_ASAN",
+    ),
+}
 
 
 def find_torch() -> Path | None:
@@ -166,17 +184,23 @@ def plan_build(target_dir: Path, build_dir: Path) -> Ninja | None:
 
     cu_files = sorted(CSRC.glob("*/*.cu"))
     cuda_common = [n.compile("cxx", CSRC / "common/cuda_path.cpp", torch_flags)]
-    if os.environ.get("VITKERNELS_EMULATOR") == "1":
-        flags = f"-x c++ -I {quote(CSRC / 'emulator')} {torch_flags}"
-        flags += " -Wno-unknown-pragmas"  # nvcc's "#pragma unroll"
-        n.rule("emu", f"{cxx} {CXX_FLAGS} $flags {include} -MMD -MF $out.d -c $in -o $out")
-        objects = [n.compile("emu", source, flags, "emu") for source in cu_files]
+    n.rule("emu", f"{cxx} {CXX_FLAGS} $flags {include} -MMD -MF $out.d -c $in -o $out")
+    for kind in os.environ.get("VITKERNELS_EMULATOR", "0").split(","):
+        if kind in ("", "0"):
+            continue
+        if kind not in EMULATORS:
+            sys.exit(f"vitkernels: VITKERNELS_EMULATOR={kind}: must be 0 or of {[*EMULATORS]}")
+        tag, of_kernels, of_emulator = EMULATORS[kind]
+        here = f"-I {quote(CSRC / 'emulator')}"
+        # -Wno-unknown-pragmas: nvcc's "#pragma unroll"
+        flags = f"-x c++ {here} {torch_flags} -Wno-unknown-pragmas {of_kernels}"
+        objects = [n.compile("emu", source, flags, tag) for source in cu_files]
         objects += [
-            n.compile("emu", source, f"-I {quote(CSRC / 'emulator')}", "emu")
+            n.compile("emu", source, f"{here} {of_emulator}", tag)
             for source in sorted(CSRC.glob("emulator/*.cpp"))
         ]
         objects += cuda_common
-        n.link(target_dir / "lib/libvitkernels_emu.so", objects, f"{link} -lpthread")
+        n.link(target_dir / f"lib/libvitkernels_{tag}.so", objects, f"{link} -lpthread")
     nvcc = find_nvcc()
     if nvcc is not None:
         # What ptxas says of registers and spills stays beside the object, for the tests.

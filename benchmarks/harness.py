@@ -17,9 +17,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vitkernels import testing
+from vitkernels.evidence.subject import BOTH, FORWARD, Subject
+
+__all__ = ["BOTH", "FORWARD", "Case", "Limits", "Result", "case_of", "measure"]
 
 Inputs = Sequence[torch.Tensor]
-FORWARD, BOTH = "forward", "forward+backward"
 CACHE_BYTES = 64 << 20
 SHORTEST_SAMPLE = 0.001  # seconds; shorter calls are repeated inside one sample
 
@@ -65,6 +67,22 @@ class Case:
             functions[f"compile {name}"] = compiled
         run = _forward if self.direction == FORWARD else _forward_and_backward
         return {name: functools.partial(run, function) for name, function in functions.items()}
+
+
+def case_of(subject: Subject, name: str, dtype: torch.dtype, direction: str, targets: dict) -> Case:
+    """A subject of vitkernels.evidence beside eager and the stock ways that it knows."""
+    return Case(
+        subject.op,
+        name,
+        subject.shape,
+        dtype,
+        direction,
+        lambda seed: subject.make(seed, dtype),
+        {"vitkernels": subject.ours(None), "eager": subject.eager, **subject.peers},
+        subject.truth,
+        subject.cost_of(dtype, direction),
+        targets.get((name, dtype, direction), {}),
+    )
 
 
 def _forward(function, inputs, _grads):

@@ -39,11 +39,12 @@ def test_auto_on_a_gpu_needs_a_hardware_record(every_backend_present, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(_dispatch, "_hinted", False)
     with pytest.warns(UserWarning, match="no kernel has a hardware record for sm_90"):
-        assert choose("add_layer_norm", BACKENDS, None, CUDA, F32) == "torch"
-    monkeypatch.setattr(_dispatch, "_RECORDS", {"sm_90": {"add_layer_norm": "triton"}})
-    assert choose("add_layer_norm", BACKENDS, None, CUDA, F32) == "auto"
-    assert _dispatch.recorded_winner("add_layer_norm", CUDA) == "triton"
-    assert choose("layer_norm_add", BACKENDS, None, CUDA, F32) == "torch"
+        assert choose("add_layer_norm", BACKENDS, None, CUDA, F32, sizes=(768,)) == "torch"
+    won = {"forward+backward fp32 C<=1024": "triton"}
+    monkeypatch.setattr(_dispatch, "_RECORDS", {"sm_90": {"add_layer_norm": won}})
+    assert choose("add_layer_norm", BACKENDS, None, CUDA, F32, sizes=(768,)) == "triton"
+    assert choose("add_layer_norm", BACKENDS, None, CUDA, F32, sizes=(4096,)) == "torch"
+    assert choose("layer_norm_add", BACKENDS, None, CUDA, F32, sizes=(768,)) == "torch"
 
 
 def test_a_request_is_served_or_refused_with_every_reason(monkeypatch):
@@ -139,5 +140,6 @@ def test_unreadable_records_are_reported_and_ignored(tmp_path, monkeypatch):
     (tmp_path / "vitkernels" / "records.json").write_text("{not json")
     with pytest.warns(UserWarning, match=r"records\.json is unreadable, ignored"):
         assert isinstance(_dispatch._load_records(), dict)
-    (tmp_path / "vitkernels" / "records.json").write_text('{"sm_90": {"attention": "cuda"}}')
-    assert _dispatch._load_records()["sm_90"]["attention"] == "cuda"
+    won = '{"sm_90": {"operators": {"attention": {"forward fp32": {"backend": "cuda"}}}}}'
+    (tmp_path / "vitkernels" / "records.json").write_text(won)
+    assert _dispatch._load_records()["sm_90"]["attention"]["forward fp32"] == "cuda"

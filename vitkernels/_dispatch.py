@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch.autograd import forward_ad
 
-from . import _native
+from . import _native, _regimes
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_BACKENDS = (
@@ -38,17 +38,23 @@ _LIBRARY = torch.library.Library("vitkernels", "DEF")
 _forced: str | None = (
     None  # set by use_backend; a module global because torch.compile can guard on it
 )
+regime_of_raw: dict[
+    str, Callable
+] = {}  # raw operator -> (operator, sizes, variant) of its arguments
 
 
 # --- declaring raw operators ----------------------------------------------------------------------
 
 
-def declare(name: str, schema: str, *, fake: Callable, reference: Callable) -> None:
+def declare(
+    name: str, schema: str, *, fake: Callable, reference: Callable, regime: Callable
+) -> None:
     """Define `vitkernels::name` with its default overload and one overload per kernel backend.
 
     schema: everything after the name, e.g. "(Tensor x) -> Tensor". The `_triton` module beside
     the reference's is imported at the first call of the Triton overload (importing triton costs 150
-    ms). C++ registers its own overloads when its library is loaded.
+    ms). C++ registers its own overloads when its library is loaded. regime: (operator, sizes,
+    variant) of the raw arguments, as the public function hands them to `choose`.
     """
     triton = _lazy(reference.__module__.rpartition(".")[0] + "._triton", name)
     reference = _without_autocast(reference)
@@ -59,6 +65,7 @@ def declare(name: str, schema: str, *, fake: Callable, reference: Callable) -> N
     _LIBRARY.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
     for device in _native.devices["triton"]:
         _LIBRARY.impl(f"{name}.triton", triton, device.upper())
+    regime_of_raw[name] = regime
     _LIBRARY.impl(name, _preferred_kernel(name), "CUDA")
     if (
         _native.missing["cpu"] is not None
@@ -94,11 +101,20 @@ def _without_autocast(fn: Callable) -> Callable:
 
 
 def _preferred_kernel(name: str) -> Callable:
-    """What the default overload runs on CUDA: the recorded winner, else the reference."""
+    """What the default overload of an exported graph runs on CUDA: the winner recorded for this
+    call's regime, else the reference. A forward cannot know whether a backward will follow."""
+    directions = (True,) if name.endswith("_bwd") else (False, True)
 
     def call(*args):
-        device = next(a for a in args if isinstance(a, torch.Tensor)).device
-        return overload(name, recorded_winner(name.rsplit("_", 1)[0], device) or "reference")(*args)
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        dtypes = tuple(t.dtype for t in tensors)
+        op, sizes, variant = regime_of_raw[name](*args)
+        for training in directions:
+            of_call = _regimes.regime(op, dtypes, training, sizes, variant)
+            winner = recorded_winner(op, tensors[0].device, of_call)
+            if winner is not None:
+                return overload(name, winner)(*args)
+        return overload(name, "reference")(*args)
 
     return call
 
@@ -137,12 +153,15 @@ def choose(
     dtypes: tuple[torch.dtype, ...],
     *,
     training: bool = True,
+    sizes: tuple[int, ...] | None = None,
+    variant: str = "",
     **facts,
 ) -> str:
     """The backend that serves this call: "auto" (the default overload), or a name from the table.
 
     A request by argument or `use_backend` is served or refused with every backend's reason, never
-    replaced.
+    replaced. sizes, variant: of the call's regime (`_regimes.SIZES`); without sizes no hardware
+    record applies. facts: what the backends' limits depend on.
     """
     name = requested if requested is not None else _forced
     if device.type == "meta" and (name is None or name in BACKEND_NAMES):
@@ -156,10 +175,19 @@ def choose(
         raise ValueError(f"{op}: backend must be one of {[b.name for b in table]}, got {name!r}")
     if torch.float64 in dtypes:
         return "reference"
-    winner = "cpu" if device.type == "cpu" else recorded_winner(op, device)
+    winner: str | None = "cpu"
+    if device.type != "cpu":
+        of_call = None
+        if sizes is not None:
+            of_call = _regimes.regime(op, dtypes, training, sizes, variant)
+        winner = recorded_winner(op, device, of_call)
     for backend in table:
         if backend.name == winner and backend.refusal(device, dtypes, facts) is None:
-            return "auto" if backend.auto is None or backend.auto(dtypes, training) else "torch"
+            if backend.auto is not None and not backend.auto(dtypes, training):
+                return "torch"
+            # An exported graph may run elsewhere: it records the default overload.
+            by_name = device.type != "cpu" and not torch.compiler.is_exporting()
+            return backend.name if by_name else "auto"
     return "torch"
 
 
@@ -186,45 +214,83 @@ def _short(dtype: torch.dtype) -> str:
 
 # --- hardware records -----------------------------------------------------------------------------
 
+# compute capability -> operator -> regime -> the backend that passed its checks and won there
+Records = dict[str, dict[str, dict[str, str]]]
 
-def _load_records() -> dict[str, dict[str, str]]:
-    """{"sm_90": {"add_layer_norm": "cuda"}}: what won where; shipped ones, then the user's.
 
-    A winner may be an object that also says how it was measured: {"backend": "cuda", ...}.
+def user_records() -> Path:
+    """Where `vitkernels tune` keeps what it measured."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "vitkernels" / "records.json"
+
+
+def _load_records() -> Records:
+    """The records shipped with the package, then the user's, which replace an operator's regimes.
+
+    {"sm_90": {"facts": {...}, "operators": {"attention": {"forward 16-bit N<=64 D<=64":
+    {"backend": "cuda", ...}}}}}; the backend is null where stock PyTorch was faster.
     """
-    records: dict[str, dict[str, str]] = {}
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitkernels"
-    for path in (
-        *sorted((Path(__file__).parent / "records").glob("*.json")),
-        cache / "records.json",
-    ):
+    found = []
+    shipped = sorted((Path(__file__).parent / "records").glob("*.json"))
+    for path in (*shipped, user_records()):
         try:
-            for arch, winners in json.loads(path.read_text()).items():
-                names = {k: w["backend"] if isinstance(w, dict) else w for k, w in winners.items()}
-                records.setdefault(arch, {}).update(names)
+            record = json.loads(path.read_text())
+            merged([record])
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, AttributeError, KeyError) as error:
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
             warnings.warn(
-                f"vitkernels: hardware record {path.name} is unreadable, ignored: {error}",
+                f"vitkernels: hardware record {path.name} is unreadable, ignored: {why}",
                 stacklevel=2,
             )
+            continue
+        found.append(record)
+    return merged(found)
+
+
+def merged(files: list[dict]) -> Records:
+    """The winners of records in that form; a later file replaces regimes of an earlier one."""
+    records: Records = {}
+    for file in files:
+        for arch, operators in _winners(file).items():
+            for op, regimes in operators.items():
+                known = records.setdefault(arch, {}).setdefault(op, {})
+                for regime, backend in regimes.items():
+                    known.pop(regime, None)
+                    if backend is not None:
+                        known[regime] = backend
     return records
+
+
+def _winners(record: dict) -> dict[str, dict[str, dict[str, str | None]]]:
+    """A whole file's, so that one bad entry makes nothing of it count."""
+    found: dict[str, dict[str, dict[str, str | None]]] = {}
+    for arch, of_arch in record.items():
+        for op, regimes in of_arch["operators"].items():
+            for regime, entry in regimes.items():
+                backend = entry["backend"]
+                if backend is not None and backend not in ("cuda", "triton"):
+                    raise ValueError(f"{op}: {regime}: backend {backend!r} is no GPU kernel")
+                found.setdefault(arch, {}).setdefault(op, {})[regime] = backend
+    return found
 
 
 _RECORDS = _load_records()
 _hinted = False
 
 
-def recorded_winner(op: str, device: torch.device) -> str | None:
-    """The kernel that has a hardware record for this operator on this GPU, or None."""
+def recorded_winner(op: str, device: torch.device, regime: str | None) -> str | None:
+    """The kernel that has a hardware record for this regime on this GPU, or None."""
     if device.type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(device)
-    winner = _RECORDS.get(f"sm_{major}{minor}", {}).get(op)
-    if winner is None and not torch.compiler.is_compiling():
+    of_arch = _RECORDS.get(f"sm_{major}{minor}")
+    if of_arch is None and not torch.compiler.is_compiling():
         _hint(f"sm_{major}{minor}")
-    return winner
+    if of_arch is None or regime is None:
+        return None
+    return of_arch.get(op, {}).get(regime)
 
 
 def _hint(arch: str) -> None:
@@ -234,7 +300,7 @@ def _hint(arch: str) -> None:
         warnings.warn(
             f"vitkernels: no kernel has a hardware record for {arch} yet, so stock PyTorch runs. "
             "use_backend('triton') or use_backend('cuda') forces a kernel; "
-            "`vitkernels tune` will make the record.",
+            "`vitkernels tune` makes the record in two minutes.",
             stacklevel=4,
         )
 

@@ -23,12 +23,13 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 CPU_ISA_LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 
 
-# A CUDA library built elsewhere, for a machine that has a GPU and no nvcc.
+# A CUDA library built elsewhere, for a machine that has a GPU and no nvcc; with
+# VITKERNELS_EMULATE=1 another build of the emulator, such as one for a sanitizer.
 _cuda_library = os.environ.get("VITKERNELS_CUDA_LIBRARY")
 
 
 def library_path(name: str) -> Path:
-    if name == "vitkernels_cuda" and _cuda_library:
+    if name == ("vitkernels_emu" if EMULATE else "vitkernels_cuda") and _cuda_library:
         return Path(_cuda_library)
     return LIB_DIR / f"lib{name}.so"
 

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "emulator/describe.h"
+
 namespace vitkernels::emulator {
 
 namespace {
@@ -11,10 +13,6 @@ namespace {
 constexpr uint64_t kMark = 0x6d62617272696572;  // in the memory of a live mbarrier
 constexpr int64_t kByteLimit = (1 << 20) - 1;   // [PTX ISA, "Contents of the mbarrier object"]
 constexpr int kPatience = 1000;
-
-std::string text(const Place& place) {
-  return std::string(place.file) + ":" + std::to_string(place.line);
-}
 
 }  // namespace
 
@@ -31,6 +29,7 @@ AsyncProxy::Barrier& AsyncProxy::find(const char* what, const uint64_t* barrier,
 }
 
 void AsyncProxy::init_barrier(uint64_t* barrier, int arrivals, Place place) {
+  const Unwatched emulator;
   const uint32_t offset = shared_offset("mbarrier_init", barrier, 8, 8, place);
   if (barriers_.count(offset) != 0)
     fail("mbarrier_init of an mbarrier that is in use: invalidate it first", place);
@@ -41,6 +40,7 @@ void AsyncProxy::init_barrier(uint64_t* barrier, int arrivals, Place place) {
 }
 
 void AsyncProxy::invalidate_barrier(uint64_t* barrier, Place place) {
+  const Unwatched emulator;
   if (!find("mbarrier_invalidate", barrier, place).waiters.empty())
     fail("mbarrier_invalidate of an mbarrier that threads wait at", place);
   const uint32_t offset = shared_offset("mbarrier_invalidate", barrier, 8, 8, place);
@@ -54,6 +54,7 @@ void AsyncProxy::invalidate_barrier(uint64_t* barrier, Place place) {
 }
 
 void AsyncProxy::publish_barriers() {
+  const Unwatched emulator;
   for (auto& [offset, barrier] : barriers_)
     if (barrier.published_by == running) barrier.published_by = nullptr;
 }
@@ -70,6 +71,7 @@ void AsyncProxy::complete_if_due(Barrier& barrier) {
 }
 
 void AsyncProxy::arrive(const char* what, uint64_t* barrier, int expected_bytes, Place place) {
+  const Unwatched emulator;
   Barrier& b = find(what, barrier, place);
   b.bytes += expected_bytes;
   if (expected_bytes < 0 || b.bytes > kByteLimit)
@@ -80,15 +82,20 @@ void AsyncProxy::arrive(const char* what, uint64_t* barrier, int expected_bytes,
              " arrivals that this phase expects",
          place);
   --b.pending;
+  release(&b.order[b.phase % 2]);
   complete_if_due(b);
 }
 
 bool AsyncProxy::wait(const char* what, uint64_t* barrier, int parity, bool may_give_up,
                       Place place) {
+  const Unwatched emulator;
   Barrier& b = find(what, barrier, place);
   if (parity != 0 && parity != 1)
     fail(std::string(what) + " with parity " + std::to_string(parity), place);
-  if (static_cast<int>(b.phase % 2) != parity) return true;
+  if (static_cast<int>(b.phase % 2) != parity) {
+    acquire(&b.order[parity]);
+    return true;
+  }
   bool result = false;
   b.waiters.push_back({running, may_give_up, &result});
   sleep(what,
@@ -97,6 +104,7 @@ bool AsyncProxy::wait(const char* what, uint64_t* barrier, int parity, bool may_
             std::to_string(b.pending) + " arrivals and " + std::to_string(b.bytes) +
             " bytes were missing)",
         place);
+  if (result) acquire(&b.order[parity]);
   return result;
 }
 
@@ -108,11 +116,13 @@ char* AsyncProxy::seen() {
 }
 
 void AsyncProxy::publish_shared() {
+  const Unwatched emulator;
   std::memcpy(seen(), shared_, shared_bytes());
   publish_barriers();
 }
 
 void AsyncProxy::check_published(const char* what, uint32_t offset, size_t bytes, Place place) {
+  const Unwatched emulator;
   if (std::memcmp(seen() + offset, shared_ + offset, bytes) != 0)
     fail(std::string(what) +
              " reads shared memory that ordinary stores have written, without fence_proxy_async "
@@ -121,11 +131,13 @@ void AsyncProxy::check_published(const char* what, uint32_t offset, size_t bytes
 }
 
 void AsyncProxy::write(uint32_t offset, const void* bytes, size_t size) {
+  const Unwatched emulator;
   std::memcpy(shared_ + offset, bytes, size);
   std::memcpy(seen() + offset, bytes, size);
 }
 
 void AsyncProxy::poison(uint32_t offset, size_t size) {
+  const Unwatched emulator;
   std::memset(shared_ + offset, 0xFF, size);
   std::memset(seen() + offset, 0xFF, size);
 }
@@ -134,6 +146,7 @@ void AsyncProxy::poison(uint32_t offset, size_t size) {
 
 void AsyncProxy::begin_load(uint64_t* barrier, uint32_t offset, size_t bytes,
                             std::function<void()> perform, Place place) {
+  const Unwatched emulator;
   if (find("tma_load", barrier, place).published_by != nullptr)
     fail("tma_load with an mbarrier that mbarrier_fence_init has not shown to the async proxy",
          place);
@@ -192,6 +205,7 @@ std::string AsyncProxy::unfinished() const {
 }
 
 void AsyncProxy::check_sequence(int warp, const std::string& operation, Place place) {
+  const Unwatched emulator;
   Sequence& sequence = sequences_[warp / 4];
   size_t& done = sequence.done[warp % 4];
   if (done == sequence.operations.size()) sequence.operations.push_back(operation);

@@ -66,6 +66,7 @@ class AsyncProxy {
     unsigned phase = 0;
     Fiber* published_by = nullptr;  // who has to; null once it has
     std::vector<Waiter> waiters;
+    uint64_t order[2] = {};  // for ThreadSanitizer, of each parity
   };
   struct Load {
     uint32_t barrier, offset;

@@ -15,7 +15,9 @@
 #include <thread>
 #include <vector>
 
+#include "emulator/arena.h"
 #include "emulator/async_proxy.h"
+#include "emulator/describe.h"
 #include "emulator/fiber.h"
 
 namespace vitkernels::emulator {
@@ -27,52 +29,26 @@ namespace {
 constexpr int kWarp = 32;
 constexpr size_t kStaticLimit =
     48 << 10;  // CUDA C++ Programming Guide, "Compute Capabilities", technical specifications
-constexpr size_t kArenaBytes = 512 << 10;
-constexpr size_t kGuardBytes = 64;
-constexpr unsigned char kPoison = 0xFF;
+constexpr size_t kMostEnded = 6000;  // of the 8128 threads that ThreadSanitizer can tell apart
 
 uint64_t from_environment(const char* name, uint64_t otherwise) {
   const char* text = std::getenv(name);
   return text == nullptr || *text == 0 ? otherwise : std::strtoull(text, nullptr, 0);
 }
 
-std::string text(const Index3& i) {
-  return "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
-}
-
-std::string text(const Place& place) {
-  return std::string(place.file) + ":" + std::to_string(place.line);
-}
-
-// "0-31,64" for a sorted list of thread numbers.
-std::string ranges(const std::vector<int>& ids) {
-  std::string out;
-  for (size_t i = 0; i < ids.size();) {
-    size_t j = i;
-    while (j + 1 < ids.size() && ids[j + 1] == ids[j] + 1) ++j;
-    out += (out.empty() ? "" : ",") + std::to_string(ids[i]);
-    if (j > i) out += "-" + std::to_string(ids[j]);
-    i = j + 1;
-  }
-  return out;
-}
-
 // A barrier of a part of the block.
 struct PartBarrier {
   int threads = 0, arrived = 0;
+  uint64_t generation = 0;
   Place place{};  // of the first to come
   std::vector<Fiber*> waiting;
 };
 
-struct Arena {  // shared memory: the dynamic part, then static arrays as they are met, each with a
-                // guard behind it
-  char* base = nullptr;
-  size_t dynamic_bytes = 0, used = 0, static_bytes = 0;
-  struct Array {
-    const void* key;
-    size_t offset, bytes;
-  };
-  std::vector<Array> arrays;
+// What ThreadSanitizer takes for the barriers' own memory: a block's alone, so that the order of
+// one block's threads is none between blocks. Two of each: a thread that is early at the next
+// meeting has nothing to say to one that is late from the last.
+struct Meetings {
+  uint64_t block[2], warp[32], part[16][2];
 };
 
 }  // namespace
@@ -91,6 +67,10 @@ struct Block {
   AsyncProxy async;
   std::exception_ptr error;
   void* scheduler = nullptr;  // its stack pointer while a fiber runs
+  SanitizedStack scheduler_stack;
+  std::unique_ptr<Meetings> meetings;
+  uint64_t barrier_generation = 0;
+  void* launch = nullptr;  // what the threads' ends and the launch's end are ordered by
 
   std::string describe() const {
     return "block " + text(index) + " of grid " + text(shape->grid) + ", seed " +
@@ -110,30 +90,47 @@ struct Block {
 
 namespace {
 
-void to_scheduler() {
+void to_scheduler(bool ends = false) {
   Fiber* self = running;
+  self->stack.leave_for(self->block->scheduler_stack, ends);
   vk_emulator_switch(&self->stack_pointer, self->block->scheduler);
+  self->stack.entered_from(self->block->scheduler_stack);
+}
+
+// What a thread leaves behind, and whether the others can go on without it.
+void end_of(Fiber& self) {
+  const Unwatched emulator;
+  Block& block = *self.block;
+  try {
+    if (block.error == nullptr) {
+      if (!self.copies.none())
+        fail("the thread ends with copies (cp.async) that it has not waited for", self.place);
+      if (!self.stores.none())
+        fail("the thread ends with TMA stores that it has not waited for", self.place);
+      if (!self.accumulators.empty())
+        fail("the thread ends with wgmma operations that it has not waited for", self.place);
+    }
+  } catch (...) {
+    block.error = std::current_exception();
+  }
+  try {
+    block.leave(self);
+  } catch (...) {
+    if (block.error == nullptr) block.error = std::current_exception();
+  }
 }
 
 void fiber_main() {
   Fiber* self = running;
+  self->stack.entered_from(self->block->scheduler_stack);
   try {
     (*self->block->body)();
-    if (!self->copies.none())
-      fail("the thread ends with copies (cp.async) that it has not waited for", self->place);
-    if (!self->stores.none())
-      fail("the thread ends with TMA stores that it has not waited for", self->place);
-    if (!self->accumulators.empty())
-      fail("the thread ends with wgmma operations that it has not waited for", self->place);
   } catch (...) {
     self->block->error = std::current_exception();
   }
-  try {
-    self->block->leave(*self);
-  } catch (...) {
-    if (self->block->error == nullptr) self->block->error = std::current_exception();
-  }
-  to_scheduler();
+  release(self->block->launch);
+  end_of(*self);
+  to_scheduler(true);
   std::abort();  // a finished fiber is never resumed
 }
 
@@ -145,6 +142,7 @@ void Block::open_barrier_when_all_arrived() {
   if (arrived == 0 || arrived < live) return;
   const int result = predicates;
   arrived = predicates = 0;
+  ++barrier_generation;
   for (Fiber& fiber : fibers)
     if (fiber.state == Fiber::kInBlockMeeting) {
       fiber.block_result = result;
@@ -176,7 +174,15 @@ bool Block::finish_warp_meeting(const Fiber& member) {
     records[lane] = other.record;
     met[count++] = &other;
   }
-  if (member.finish != nullptr) member.finish(records);
+  if (member.finish != nullptr) {  // reads and writes for all lanes, each of which has released
+    uint64_t* order = &meetings->warp[first / kWarp];
+    acquire(order);
+    {
+      const Watched kernel;
+      member.finish(records);
+    }
+    release(order);
+  }
   for (int i = 0; i < count; ++i) wake(*met[i]);
   return true;
 }
@@ -191,6 +197,7 @@ void Block::leave(Fiber& fiber) {
 }
 
 int meet_block(const char* what, bool predicate, Place place) {
+  const Unwatched emulator;
   Fiber& self = *running;
   Block& block = *self.block;
   if (block.arrived == 0) block.barrier = place;
@@ -203,14 +210,18 @@ int meet_block(const char* what, bool predicate, Place place) {
   self.state = Fiber::kInBlockMeeting;
   ++block.arrived;
   block.predicates += predicate;
+  uint64_t* order = &block.meetings->block[block.barrier_generation % 2];
+  release(order);
   block.open_barrier_when_all_arrived();
   to_scheduler();
+  acquire(order);
   return self.block_result;
 }
 
 namespace {
 void meet_lanes(const char* what, unsigned mask, bool whole, void* record, Finish finish,
                 Place place) {
+  const Unwatched emulator;
   Fiber& self = *running;
   if (!(mask >> self.id % kWarp & 1))
     fail(std::string(what) + " with a mask that leaves out the calling lane", place);
@@ -221,8 +232,11 @@ void meet_lanes(const char* what, unsigned mask, bool whole, void* record, Finis
   self.record = record;
   self.finish = finish;
   self.state = Fiber::kInWarpMeeting;
+  uint64_t* order = &self.block->meetings->warp[self.id / kWarp];
+  release(order);
   self.block->finish_warp_meeting(self);
   to_scheduler();
+  acquire(order);
 }
 }  // namespace
 
@@ -234,6 +248,7 @@ void meet_whole_warp(const char* what, void* record, Finish finish, Place place)
 }
 
 void meet_part(const char* what, int id, int threads, bool waits, Place place) {
+  const Unwatched emulator;
   Fiber& self = *running;
   if (id < 1 || id > 15)
     fail(std::string(what) + " of barrier " + std::to_string(id) +
@@ -250,8 +265,11 @@ void meet_part(const char* what, int id, int threads, bool waits, Place place) {
              std::to_string(id) + " is one of " + std::to_string(barrier.threads) + " at " +
              text(barrier.place),
          place);
+  uint64_t* order = &self.block->meetings->part[id][barrier.generation % 2];
+  release(order);
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
+    ++barrier.generation;
     for (Fiber* fiber : std::exchange(barrier.waiting, {})) wake(*fiber);
   } else if (waits) {
     barrier.waiting.push_back(&self);
@@ -259,9 +277,11 @@ void meet_part(const char* what, int id, int threads, bool waits, Place place) {
           " of barrier " + std::to_string(id) + " for " + std::to_string(threads) + " threads",
           place);
   }
+  if (waits) acquire(order);
 }
 
 void sleep(const char* what, const std::string& detail, Place place) {
+  const Unwatched emulator;
   Fiber& self = *running;
   self.waits_for = what;
   self.detail = detail;
@@ -269,7 +289,10 @@ void sleep(const char* what, const std::string& detail, Place place) {
   self.state = Fiber::kAsleep;
   to_scheduler();
 }
-void wake(Fiber& fiber) { fiber.block->wake(fiber); }
+void wake(Fiber& fiber) {
+  const Unwatched emulator;
+  fiber.block->wake(fiber);
+}
 
 AsyncProxy& async_proxy() { return running->block->async; }
 
@@ -280,7 +303,9 @@ void Block::run(std::vector<Fiber*>& order, std::minstd_rand& random) {
   std::shuffle(order.begin(), order.end(), random);
   for (Fiber* fiber : order) {
     running = fiber;
+    scheduler_stack.leave_for(fiber->stack);
     vk_emulator_switch(&scheduler, fiber->stack_pointer);
+    scheduler_stack.entered_from(fiber->stack);
     if (error != nullptr) break;
   }
 }
@@ -345,36 +370,26 @@ char* shared_base() { return running->block->arena.base; }
 size_t shared_bytes() { return running->block->arena.used; }
 
 void* static_shared(const void* key, size_t bytes, Place place) {
+  const Unwatched emulator;
   Arena& arena = running->block->arena;
-  for (const Arena::Array& array : arena.arrays)
-    if (array.key == key) return arena.base + array.offset;
-  arena.static_bytes += bytes;
-  if (arena.static_bytes > kStaticLimit)
-    fail(std::to_string(arena.static_bytes) + " bytes of static shared memory; the limit is 49152",
-         place);
-  if (arena.static_bytes + arena.dynamic_bytes > settings().shared_limit)
-    fail(std::to_string(arena.static_bytes + arena.dynamic_bytes) +
-             " bytes of static and dynamic shared memory; " + "the limit is " +
+  if (void* known = arena.find(key); known != nullptr) return known;
+  const size_t all_static = arena.static_bytes + bytes, all = all_static + arena.dynamic_bytes;
+  if (all_static > kStaticLimit)
+    fail(std::to_string(all_static) + " bytes of static shared memory; the limit is 49152", place);
+  if (all > settings().shared_limit)
+    fail(std::to_string(all) + " bytes of static and dynamic shared memory; " + "the limit is " +
              std::to_string(settings().shared_limit),
          place);
-  const size_t offset = arena.used;
-  arena.used += (bytes + 127) / 128 * 128 + kGuardBytes * 2;
-  std::memset(arena.base + offset, kPoison, arena.used - offset);
-  arena.arrays.push_back({key, offset, bytes});
-  return arena.base + offset;
+  return arena.add(key, bytes);
 }
 
 uint32_t shared_offset(const char* what, const void* address, size_t bytes, size_t alignment,
                        Place place) {
+  const Unwatched emulator;
   const Arena& arena = running->block->arena;
-  const auto* p = static_cast<const char*>(address);
-  const auto inside = [&](size_t offset, size_t size) {
-    return p >= arena.base + offset && p + bytes <= arena.base + offset + size;
-  };
-  bool found = inside(0, arena.dynamic_bytes);
-  for (const Arena::Array& array : arena.arrays) found |= inside(array.offset, array.bytes);
-  if (!found) fail(std::string(what) + " of what is not, or not all, in shared memory", place);
-  const size_t offset = static_cast<size_t>(p - arena.base);
+  if (!arena.holds(address, bytes))
+    fail(std::string(what) + " of what is not, or not all, in shared memory", place);
+  const size_t offset = static_cast<size_t>(static_cast<const char*>(address) - arena.base);
   if (offset % alignment != 0)
     fail(
         std::string(what) + " of shared memory off its " + std::to_string(alignment) + "-byte line",
@@ -384,55 +399,50 @@ uint32_t shared_offset(const char* what, const void* address, size_t bytes, size
 
 namespace {
 
-void open_arena(Arena& arena, size_t dynamic_bytes) {
-  arena.arrays.clear();
-  arena.static_bytes = 0;
-  arena.dynamic_bytes = dynamic_bytes;
-  arena.used = (dynamic_bytes + 127) / 128 * 128 + kGuardBytes * 2;
-  std::memset(arena.base, kPoison, arena.used);
-}
-
-void check_guard(const Block& block, size_t offset, size_t bytes, const char* which) {
-  const char* end = block.arena.base + offset + bytes;
-  for (size_t i = 0; i < kGuardBytes; ++i)
-    if (static_cast<unsigned char>(end[i]) != kPoison)
-      throw std::runtime_error("emulated kernel: written " + std::to_string(i) +
-                               " bytes past the end of " + which + " shared memory of " +
-                               std::to_string(bytes) + " bytes, " + block.describe());
-}
-
-void check_guards(const Block& block) {
-  check_guard(block, 0, block.arena.dynamic_bytes, "dynamic");
-  for (const Arena::Array& array : block.arena.arrays)
-    check_guard(block, array.offset, array.bytes, "static");
-}
-
 // ---- Running
 
 // What one OS thread keeps between blocks and launches: stacks and shared memory.
 struct Worker {
   std::vector<std::unique_ptr<Stack>> stacks;
-  std::unique_ptr<char[]> arena{new char[kArenaBytes + 1024]};
+  std::unique_ptr<char[]> arena{new char[Arena::kBytes + 1024]};
   Block block;
 
-  void run_block(const Shape& shape, const std::function<void()>& body, Index3 index,
-                 uint64_t seed);
+  // Threads that ThreadSanitizer still has to know of: it gives a new one the number of one that it
+  // has forgotten, and would take the accesses of both for those of one.
+  std::vector<SanitizedStack> ended;
+
+  ~Worker() { unpoison(arena.get(), Arena::kBytes + 1024); }
+  void forget_ended() {
+    for (SanitizedStack& stack : ended) stack.destroy();
+    ended.clear();
+  }
+
+  void run_block(const Shape& shape, const std::function<void()>& body, Index3 index, uint64_t seed,
+                 void* launch);
 };
 
 void Worker::run_block(const Shape& shape, const std::function<void()>& body, Index3 index,
-                       uint64_t seed) {
+                       uint64_t seed, void* launch) {
   const int threads = static_cast<int>(shape.block.x * shape.block.y * shape.block.z);
+  if (kFreshMemory) {
+    stacks.clear();
+    arena.reset(new char[Arena::kBytes + 1024]);
+    std::vector<Fiber>().swap(block.fibers);  // with its memory
+  }
   while (static_cast<int>(stacks.size()) < threads) stacks.push_back(std::make_unique<Stack>());
   block.shape = &shape;
   block.body = &body;
   block.index = index;
+  block.launch = launch;
+  block.meetings = std::make_unique<Meetings>();
+  block.barrier_generation = 0;
+  block.scheduler_stack.adopt_current();
   block.live = threads;
   block.arrived = block.predicates = 0;
   for (PartBarrier& barrier : block.part_barriers) barrier = {};
   block.error = nullptr;
-  block.arena.base =
-      reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(arena.get()) + 1023) / 1024 * 1024);
-  open_arena(block.arena, shape.shared_bytes);
+  const uintptr_t line = (reinterpret_cast<uintptr_t>(arena.get()) + 1023) / 1024 * 1024;
+  block.arena.open(reinterpret_cast<char*>(line), shape.shared_bytes);
   block.async.open(block.arena.base);
   block.fibers.assign(threads, Fiber{});
   block.ready.assign((threads + kWarp - 1) / kWarp, {});
@@ -444,17 +454,25 @@ void Worker::run_block(const Shape& shape, const std::function<void()>& body, In
     fiber.thread_index.y = id / shape.block.x % shape.block.y;
     fiber.thread_index.z = id / shape.block.x / shape.block.y;
     fiber.stack_pointer = first_frame(*stacks[id], fiber_main);
+    fiber.stack.set_bounds(stacks[id]->low(), Stack::kBytes);
+    fiber.stack.create();
     block.wake(fiber);
   }
 
   std::minstd_rand random(static_cast<uint32_t>(seed ^ seed >> 32) | 1);
-  while (block.live > 0 && block.error == nullptr)
-    if (!block.step(random) && !block.async.advance(random))
-      throw std::runtime_error("emulated kernel: deadlock, " + block.describe() +
-                               block.who_waits_where());
+  bool stuck = false;
+  while (block.live > 0 && block.error == nullptr && !stuck)
+    stuck = !block.step(random) && !block.async.advance(random);
   running = nullptr;
+  if (ended.size() > kMostEnded) forget_ended();
+  for (Fiber& fiber : block.fibers)
+    if (fiber.state == Fiber::kDone) ended.push_back(fiber.stack);
+  if (stuck)
+    throw std::runtime_error("emulated kernel: deadlock, " + block.describe() +
+                             block.who_waits_where());
   if (block.error != nullptr) std::rethrow_exception(block.error);
-  check_guards(block);
+  if (const std::string wrong = block.arena.overrun(); !wrong.empty())
+    throw std::runtime_error("emulated kernel: " + wrong + ", " + block.describe());
   if (const std::string wrong = block.async.unfinished(); !wrong.empty())
     throw std::runtime_error("emulated kernel: " + wrong + "\n  " + block.describe());
 }
@@ -511,7 +529,7 @@ Settings& settings() {
       static_cast<int>(from_environment("VITKERNELS_EMULATOR_MULTIPROCESSORS", 2)),
       static_cast<int>(from_environment("VITKERNELS_EMULATOR_ARCHITECTURE", 90)),
       std::min<uint64_t>(from_environment("VITKERNELS_EMULATOR_SHARED_LIMIT", 232448),
-                         kArenaBytes / 2)};
+                         Arena::kBytes / 2)};
   return values;
 }
 
@@ -532,7 +550,9 @@ void run(const Shape& shape, const std::function<void()>& thread_body) {
   std::atomic<bool> stop{false};
   std::exception_ptr error;
   std::mutex mutex;
+  const auto launch = std::make_unique<uint64_t>();
   auto work = [&] {
+    const Unwatched emulator;
     std::unique_ptr<Worker> worker = pool.take();
     try {
       for (uint64_t step; !stop && (step = next++) < span;) {
@@ -541,7 +561,7 @@ void run(const Shape& shape, const std::function<void()>& thread_body) {
         const Index3 index(static_cast<unsigned>(b % shape.grid.x),
                            static_cast<unsigned>(b / shape.grid.x % shape.grid.y),
                            static_cast<unsigned>(b / shape.grid.x / shape.grid.y));
-        worker->run_block(shape, thread_body, index, mix(seed ^ mix(b)));
+        worker->run_block(shape, thread_body, index, mix(seed ^ mix(b)), launch.get());
       }
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex);
@@ -549,6 +569,7 @@ void run(const Shape& shape, const std::function<void()>& thread_body) {
       stop = true;
     }
     running = nullptr;
+    worker->forget_ended();
     pool.give_back(std::move(worker));
   };
   std::vector<std::thread> helpers;
@@ -557,6 +578,7 @@ void run(const Shape& shape, const std::function<void()>& thread_body) {
     helpers.emplace_back(work);
   work();
   for (std::thread& helper : helpers) helper.join();
+  acquire(launch.get());
   if (error) std::rethrow_exception(error);
 }
 

@@ -17,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+#include "emulator/sanitizer.h"
+
 namespace vitkernels::emulator {
 
 struct Index3 {  // dim3 and uint3
@@ -98,6 +100,7 @@ struct Fiber {
   std::vector<Accumulators> accumulators;
   bool wgmma_fenced = false;
   void* stack_pointer;
+  SanitizedStack stack;
 };
 
 extern thread_local Fiber* running __attribute__((tls_model("initial-exec")));

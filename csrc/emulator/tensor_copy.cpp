@@ -24,6 +24,7 @@ void TensorCopy::for_each(Function element_function) const {
 }
 
 void begin_load(const TensorCopy& copy, uint64_t* barrier, Place place) {
+  const Unwatched emulator;
   AsyncProxy& proxy = async_proxy();
   const auto perform = [copy, &proxy] {
     copy.for_each([&](uint32_t shared, const char* global) {
@@ -35,10 +36,12 @@ void begin_load(const TensorCopy& copy, uint64_t* barrier, Place place) {
 }
 
 void begin_store(const TensorCopy& copy, Place place) {
+  const Unwatched emulator;
   async_proxy().check_published("tma_store", copy.offset, copy.bytes(), place);
   const auto* shared = static_cast<const char*>(shared_base()) + copy.offset;
   const std::vector<char> as_issued(shared, shared + copy.bytes());
   running->stores.add([copy, shared, as_issued, place] {
+    const Unwatched emulator;
     if (std::memcmp(shared, as_issued.data(), as_issued.size()) != 0)
       fail("shared memory was written before a tma_store had read it", place);
     copy.for_each([&](uint32_t from, const char* global) {

@@ -167,6 +167,7 @@ void compute(const Product& product, bool accumulate) {
 }
 
 void issue(void* const* records) {
+  const Unwatched emulator;
   const Issue& first = *static_cast<const Issue*>(records[0]);
   const WgmmaRequest& request = *first.request;
   auto product = std::make_shared<Product>();
@@ -239,12 +240,16 @@ void wgmma(const WgmmaRequest& request, Place place) {
 }
 
 void wgmma_commit(Place place) {
-  const auto commit = [](void* const* records) { first_of(records).fiber->products.commit(); };
+  const auto commit = [](void* const* records) {
+    const Unwatched emulator;
+    first_of(records).fiber->products.commit();
+  };
   step("wgmma_commit", 0, commit, place);
 }
 
 void wgmma_wait(int newest_left_pending, Place place) {
   const auto wait = [](void* const* records) {
+    const Unwatched emulator;
     first_of(records).fiber->products.wait(first_of(records).newest_left_pending);
   };
   step("wgmma_wait", static_cast<size_t>(newest_left_pending), wait, place);
@@ -253,6 +258,7 @@ void wgmma_wait(int newest_left_pending, Place place) {
 
 void set_registers(const char* what, int count, Place place) {
   const auto agree = [](void* const* records) {
+    const Unwatched emulator;
     const Step& first = first_of(records);
     async_proxy().check_sequence(warp_of(*first.fiber),
                                  "registers " + std::to_string(first.newest_left_pending),

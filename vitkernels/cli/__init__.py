@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import torch
 
 from .._version import __version__
-from . import attention_map, bench, check, demo, info, predict, train
+from . import attention_map, bench, check, demo, info, predict, train, tune
 from .usage import UsageError, one_line
 
 __all__ = ["UsageError", "main"]
 
 # In the order of --help. Each module has configure(commands) and imports what is heavy in its run.
-COMMANDS = (info, demo, check, train, predict, attention_map, bench)
+COMMANDS = (info, demo, check, train, predict, attention_map, bench, tune)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -20,6 +20,11 @@ _SAMPLE_FACTS = {
     "attention_qkvpacked": {"D": 64},
     "window_attention": {"D": 32, "N": 49},
 }
+_SAMPLE_SIZES = {  # of its regime
+    "attention": (197, 64),
+    "attention_qkvpacked": (197, 64),
+    "window_attention": (49, 32),
+}
 
 
 def configure(commands) -> None:
@@ -144,10 +149,9 @@ def choices(device: torch.device) -> list[tuple[str, str]]:
 def taken_backend(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend that `auto` runs for an ordinary call of this operator."""
     table, facts = backends_of(op), _SAMPLE_FACTS.get(op, {})
-    chosen = _dispatch.choose(op, table, None, device, (dtype,), **facts)
-    if chosen != "auto":
-        return chosen
-    return "cpu" if device.type == "cpu" else _dispatch.recorded_winner(op, device)
+    options = {"sizes": _SAMPLE_SIZES.get(op, (768,)), **facts}
+    chosen = _dispatch.choose(op, table, None, device, (dtype,), **options)
+    return "cpu" if chosen == "auto" else chosen
 
 
 def why_not(op: str, row, device: torch.device) -> str:
@@ -156,7 +160,7 @@ def why_not(op: str, row, device: torch.device) -> str:
         return "not ready, see Backends"
     reason = row.refusal(device, (torch.float32,), _SAMPLE_FACTS.get(op, {}))
     if reason is None and device.type == "cuda" and row.name in ("cuda", "triton"):
-        return "no hardware record for this GPU yet"
+        return "no hardware record in which it wins on this GPU"
     return reason or "only by name"
 
 

@@ -78,27 +78,19 @@ def add_layer_norm(
     """
     _check_add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, out_dtype)
     out_dtype = out_dtype or autocast_dtype(x.device) or x.dtype
-    dtypes = tuple(t.dtype for t in (x, residual, weight, bias, gamma) if t is not None) + (
-        out_dtype,
+    tensors = (x, residual, weight, bias, gamma)
+    dtypes = (*(t.dtype for t in tensors if t is not None), out_dtype)
+    training = needs_autograd(*tensors)
+    sizes = x.shape[-1:]
+    chosen = choose(
+        "add_layer_norm", BACKENDS, backend, x.device, dtypes, training=training, sizes=sizes
     )
-    chosen = choose("add_layer_norm", BACKENDS, backend, x.device, dtypes)
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
     row_scale = None if row_scale is None else row_scale.to(_stat_dtype(x))
-    args = (
-        x,
-        residual,
-        weight,
-        bias,
-        gamma,
-        row_scale,
-        seed,
-        float(dropout_p),
-        float(eps),
-        out_dtype,
-    )
+    args = (*tensors, row_scale, seed, float(dropout_p), float(eps), out_dtype)
     if chosen == "torch":
         return _stock_add_layer_norm(*args)
-    if needs_autograd(x, residual, weight, bias, gamma):
+    if training:
         y, new_residual, _, _ = _AddLayerNorm.apply(chosen, *args)
     else:
         y, new_residual, _, _ = overload("add_layer_norm_fwd", chosen)(*args)
@@ -139,12 +131,16 @@ def layer_norm_add(
     """
     _check_layer_norm_add(x, residual, weight, bias, eps, row_scale)
     dtypes = tuple(t.dtype for t in (x, residual, weight, bias) if t is not None)
-    chosen = choose("layer_norm_add", BACKENDS, backend, x.device, dtypes)
+    training = needs_autograd(x, residual, weight, bias)
+    sizes = x.shape[-1:]
+    chosen = choose(
+        "layer_norm_add", BACKENDS, backend, x.device, dtypes, training=training, sizes=sizes
+    )
     row_scale = None if row_scale is None else row_scale.to(_stat_dtype(x))
     args = (x, residual, weight, bias, row_scale, float(eps))
     if chosen == "torch":
         return _stock_layer_norm_add(*args)
-    if needs_autograd(x, residual, weight, bias):
+    if training:
         return _LayerNormAdd.apply(chosen, *args)[0]
     return overload("layer_norm_add_fwd", chosen)(*args)[0]
 
@@ -275,6 +271,7 @@ declare(
     " -> (Tensor y, Tensor? new_residual, Tensor mean, Tensor rstd)",
     fake=_fake_add_layer_norm_fwd,
     reference=reference.add_layer_norm_fwd,
+    regime=lambda x, *_: ("add_layer_norm", x.shape[-1:], ""),
 )
 declare(
     "add_layer_norm_bwd",
@@ -284,6 +281,7 @@ declare(
     " -> (Tensor? dx, Tensor? dresidual, Tensor? dweight, Tensor? dbias, Tensor? dgamma)",
     fake=_fake_add_layer_norm_bwd,
     reference=reference.add_layer_norm_bwd,
+    regime=lambda dy, dnew_residual, z, *_: ("add_layer_norm", z.shape[-1:], ""),
 )
 declare(
     "layer_norm_add_fwd",
@@ -291,6 +289,7 @@ declare(
     " -> (Tensor out, Tensor mean, Tensor rstd)",
     fake=_fake_layer_norm_add_fwd,
     reference=reference.layer_norm_add_fwd,
+    regime=lambda x, *_: ("layer_norm_add", x.shape[-1:], ""),
 )
 declare(
     "layer_norm_add_bwd",
@@ -298,6 +297,7 @@ declare(
     " Tensor? row_scale, bool[] output_mask) -> (Tensor? dx, Tensor? dweight, Tensor? dbias)",
     fake=_fake_layer_norm_add_bwd,
     reference=reference.layer_norm_add_bwd,
+    regime=lambda dout, *_: ("layer_norm_add", dout.shape[-1:], ""),
 )
 
 

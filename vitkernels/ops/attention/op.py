@@ -78,10 +78,9 @@ def attention(
     q, k, v = _cast(q, k, v)
     scale = check_attention(q, k, v, bias, key_padding_mask, scale, dropout_p)
     bias = bias_4d("attention", bias, q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
-    training, facts = needs_autograd(q, k, v, bias), {"D": q.shape[3]}
-    chosen = choose(
-        "attention", BACKENDS, backend, q.device, (q.dtype,), training=training, **facts
-    )
+    training, dtypes = needs_autograd(q, k, v, bias), (q.dtype,)
+    facts = _facts(k.shape[1], q.shape[3], bias)
+    chosen = choose("attention", BACKENDS, backend, q.device, dtypes, training=training, **facts)
     seed = draw_seed(q.device) if dropout_p > 0.0 else None
     args = (q, k, v, bias, key_padding_mask, seed, scale, float(dropout_p))
     if chosen == "torch":
@@ -130,17 +129,20 @@ def attention_qkvpacked(
     bias = bias_4d(
         "attention_qkvpacked", bias, qkv, (qkv.shape[0], num_heads, qkv.shape[1], qkv.shape[1])
     )
-    training, dtypes = needs_autograd(qkv, bias), (qkv.dtype,)
-    chosen = choose(
-        "attention_qkvpacked", BACKENDS, backend, qkv.device, dtypes, training=training, D=D
-    )
+    options = {"training": needs_autograd(qkv, bias), **_facts(qkv.shape[1], D, bias)}
+    chosen = choose("attention_qkvpacked", BACKENDS, backend, qkv.device, (qkv.dtype,), **options)
     seed = draw_seed(qkv.device) if dropout_p > 0.0 else None
     args = (bias, key_padding_mask, seed, scale, float(dropout_p))
     if chosen == "torch":
         return _stock_attention(*reference.unpack(qkv, num_heads), *args).flatten(2)
-    if training:
+    if options["training"]:
         return _AttentionQkvPacked.apply(chosen, qkv, num_heads, *args)[0]
     return overload("attention_qkvpacked_fwd", chosen)(qkv, num_heads, *args)[0]
+
+
+def _facts(Nk, D, bias):
+    """What `choose` looks at: the head dim's limit, and the regime."""
+    return {"D": D, "sizes": (Nk, D), "variant": "" if bias is None else "bias"}
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -296,11 +298,23 @@ def _fake_packed_bwd(
 
 _OPTIONS = "Tensor? bias, Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p"
 
+
+def _regime(k, bias):
+    facts = _facts(k.shape[1], k.shape[3], bias)
+    return "attention", facts["sizes"], facts["variant"]
+
+
+def _packed_regime(qkv, num_heads, bias):
+    facts = _facts(qkv.shape[1], qkv.shape[2] // (3 * num_heads), bias)
+    return "attention_qkvpacked", facts["sizes"], facts["variant"]
+
+
 declare(
     "attention_fwd",
     f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     fake=_fake_attention_fwd,
     reference=reference.attention_fwd,
+    regime=lambda q, k, v, bias, *_: _regime(k, bias),
 )
 declare(
     "attention_bwd",
@@ -308,12 +322,14 @@ declare(
     " bool[] output_mask) -> (Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dbias)",
     fake=_fake_attention_bwd,
     reference=reference.attention_bwd,
+    regime=lambda dout, q, k, v, out, lse, bias, *_: _regime(k, bias),
 )
 declare(
     "attention_qkvpacked_fwd",
     f"(Tensor qkv, int num_heads, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     fake=_fake_packed_fwd,
     reference=reference.attention_qkvpacked_fwd,
+    regime=lambda qkv, heads, bias, *_: _packed_regime(qkv, heads, bias),
 )
 declare(
     "attention_qkvpacked_bwd",
@@ -321,6 +337,7 @@ declare(
     " bool[] output_mask) -> (Tensor? dqkv, Tensor? dbias)",
     fake=_fake_packed_bwd,
     reference=reference.attention_qkvpacked_bwd,
+    regime=lambda dout, qkv, heads, out, lse, bias, *_: _packed_regime(qkv, heads, bias),
 )
 
 

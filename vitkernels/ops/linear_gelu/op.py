@@ -106,11 +106,13 @@ def linear(
 def _call(op, x, weight, bias, activation, save_preactivation, backend):
     out_dtype = autocast_dtype(x.device) or x.dtype
     dtypes = tuple(t.dtype for t in (x, weight, bias) if t is not None) + (out_dtype,)
-    chosen = choose(op, BACKENDS, backend, x.device, dtypes)
+    training = needs_autograd(x, weight, bias)
+    sizes = x.shape[-1:]
+    chosen = choose(op, BACKENDS, backend, x.device, dtypes, training=training, sizes=sizes)
     args = (x, weight, bias, activation, save_preactivation, out_dtype)
     if chosen == "torch":
         return _stock(*args)
-    if needs_autograd(x, weight, bias):
+    if training:
         return _LinearGelu.apply(chosen, *args)[0]
     return overload("linear_gelu_fwd", chosen)(x, weight, bias, activation, False, out_dtype)[0]
 
@@ -191,12 +193,17 @@ def _fake_linear_gelu_bwd(dy, x, weight, bias, preactivation, activation, output
     )
 
 
+def _regime(x, activation):
+    return "linear" if activation == IDENTITY else "linear_gelu", x.shape[-1:], ""
+
+
 declare(
     "linear_gelu_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, int activation, bool save_preactivation,"
     " ScalarType out_dtype) -> (Tensor y, Tensor? preactivation)",
     fake=_fake_linear_gelu_fwd,
     reference=reference.linear_gelu_fwd,
+    regime=lambda x, weight, bias, activation, *_: _regime(x, activation),
 )
 declare(
     "linear_gelu_bwd",
@@ -204,6 +211,7 @@ declare(
     " bool[] output_mask) -> (Tensor? dx, Tensor? dweight, Tensor? dbias)",
     fake=_fake_linear_gelu_bwd,
     reference=reference.linear_gelu_bwd,
+    regime=lambda dy, x, weight, bias, preactivation, activation, *_: _regime(x, activation),
 )
 
 

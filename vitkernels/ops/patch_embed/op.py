@@ -83,11 +83,16 @@ def patch_embed(
     mean, std = _statistics(images, mean, std, out_dtype)
     tensors = (images, weight, bias, pos_embed, prefix_tokens)
     floats = [t.dtype for t in tensors if t is not None and t.dtype != torch.uint8]
-    chosen = choose("patch_embed", BACKENDS, backend, images.device, (*floats, out_dtype))
+    training = needs_autograd(*tensors)
+    sizes = (weight.shape[1:].numel(),)
+    dtypes = (*floats, out_dtype)
+    chosen = choose(
+        "patch_embed", BACKENDS, backend, images.device, dtypes, training=training, sizes=sizes
+    )
     args = (*tensors, mean, std, out_dtype)
     if chosen == "torch":
         return _stock(*args)
-    if needs_autograd(*tensors):
+    if training:
         return _PatchEmbed.apply(chosen, *args)
     return overload("patch_embed_fwd", chosen)(*args)
 
@@ -201,6 +206,7 @@ declare(
     " Tensor? mean, Tensor? std, ScalarType out_dtype) -> Tensor tokens",
     fake=_fake_patch_embed_fwd,
     reference=reference.patch_embed_fwd,
+    regime=lambda images, weight, *_: ("patch_embed", (weight.shape[1:].numel(),), ""),
 )
 declare(
     "patch_embed_bwd",
@@ -210,6 +216,7 @@ declare(
     " Tensor? dprefix_tokens)",
     fake=_fake_patch_embed_bwd,
     reference=reference.patch_embed_bwd,
+    regime=lambda dtokens, images, weight, *_: ("patch_embed", (weight.shape[1:].numel(),), ""),
 )
 
 

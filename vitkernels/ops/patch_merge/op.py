@@ -70,11 +70,21 @@ def patch_merge_layer_norm(
     _check(x, weight, bias, eps)
     out_dtype = autocast_dtype(x.device) or x.dtype
     dtypes = tuple(t.dtype for t in (x, weight, bias) if t is not None) + (out_dtype,)
-    chosen = choose("patch_merge_layer_norm", BACKENDS, backend, x.device, dtypes)
+    training = needs_autograd(x, weight, bias)
+    sizes = (4 * x.shape[-1],)
+    chosen = choose(
+        "patch_merge_layer_norm",
+        BACKENDS,
+        backend,
+        x.device,
+        dtypes,
+        training=training,
+        sizes=sizes,
+    )
     args = (x, weight, bias, float(eps), out_dtype)
     if chosen == "torch":
         return _stock(*args)
-    if needs_autograd(x, weight, bias):
+    if training:
         return _PatchMergeLayerNorm.apply(chosen, *args)[0]
     return overload("patch_merge_layer_norm_fwd", chosen)(*args)[0]
 
@@ -127,6 +137,7 @@ declare(
     " -> (Tensor y, Tensor mean, Tensor rstd)",
     fake=_fake_patch_merge_layer_norm_fwd,
     reference=reference.patch_merge_layer_norm_fwd,
+    regime=lambda x, *_: ("patch_merge_layer_norm", (4 * x.shape[-1],), ""),
 )
 declare(
     "patch_merge_layer_norm_bwd",
@@ -134,6 +145,7 @@ declare(
     " bool[] output_mask) -> (Tensor? dx, Tensor? dweight, Tensor? dbias)",
     fake=_fake_patch_merge_layer_norm_bwd,
     reference=reference.patch_merge_layer_norm_bwd,
+    regime=lambda dy, x, *_: ("patch_merge_layer_norm", (4 * x.shape[-1],), ""),
 )
 
 

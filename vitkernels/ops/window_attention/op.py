@@ -89,16 +89,23 @@ def window_attention(
     scale = _check(qkv, bias_table, window, shift, num_heads, scale, logit_scale, dropout_p)
     qkv = _cast(qkv)
     dtypes = tuple(t.dtype for t in (qkv, bias_table, logit_scale) if t is not None)
-    facts = {"D": qkv.shape[3] // (3 * num_heads), "N": window[0] * window[1]}
+    training = needs_autograd(qkv, bias_table, logit_scale)
+    facts = _facts(qkv, window, num_heads, logit_scale) | {"training": training}
     chosen = choose("window_attention", BACKENDS, backend, qkv.device, dtypes, **facts)
     seed = draw_seed(qkv.device) if dropout_p > 0.0 else None
     options = (*window, *shift, num_heads, scale, float(dropout_p))
     args = (qkv, bias_table, logit_scale, seed, *options)
     if chosen == "torch":
         return _stock(*args)
-    if needs_autograd(qkv, bias_table, logit_scale):
+    if training:
         return _WindowAttention.apply(chosen, *args)[0]
     return overload("window_attention_fwd", chosen)(*args)[0]
+
+
+def _facts(qkv, window, num_heads, logit_scale):
+    """What `choose` looks at: the limits, and the regime."""
+    N, D = window[0] * window[1], qkv.shape[3] // (3 * num_heads)
+    return {"N": N, "D": D, "sizes": (N, D), "variant": "" if logit_scale is None else "cosine"}
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -219,6 +226,11 @@ def _fake_window_attention_bwd(
     )
 
 
+def _regime(qkv, logit_scale, Wh, Ww, num_heads):
+    facts = _facts(qkv, (Wh, Ww), num_heads, logit_scale)
+    return "window_attention", facts["sizes"], facts["variant"]
+
+
 _OPTIONS = (
     "Tensor bias_table, Tensor? logit_scale, Tensor? seed, int window_h, int window_w,"
     " int shift_h, int shift_w, int num_heads, float scale, float dropout_p"
@@ -229,6 +241,9 @@ declare(
     f"(Tensor qkv, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     fake=_fake_window_attention_fwd,
     reference=reference.window_attention_fwd,
+    regime=lambda qkv, table, logit_scale, seed, Wh, Ww, sh, sw, heads, *_: _regime(
+        qkv, logit_scale, Wh, Ww, heads
+    ),
 )
 declare(
     "window_attention_bwd",
@@ -236,6 +251,9 @@ declare(
     " -> (Tensor? dqkv, Tensor? dbias_table, Tensor? dlogit_scale)",
     fake=_fake_window_attention_bwd,
     reference=reference.window_attention_bwd,
+    regime=lambda dout, qkv, out, lse, table, logit_scale, seed, Wh, Ww, sh, sw, heads, *_: _regime(
+        qkv, logit_scale, Wh, Ww, heads
+    ),
 )
 
 
