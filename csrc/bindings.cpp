@@ -12,8 +12,8 @@
 #include "attention/attention_plan_sm90_backward.h"
 #include "common/cpu_isa.h"
 #include "window_attention/window_attention_plan_simt.h"
-#include "window_attention/window_attention_plan_sm90.h"
 #include "window_attention/window_attention_plan_sm80_large.h"
+#include "window_attention/window_attention_plan_sm90.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;

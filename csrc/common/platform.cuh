@@ -78,16 +78,6 @@ VK_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0
 
 VK_DEVICE void store_16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 
-// ---- Arithmetic
-
-// 2^x with a relative error of up to 2^-22; what is below the normal numbers becomes 0 [P: ex2,
-// ex2.approx.ftz].
-VK_DEVICE float exp2_approx(float x) {
-  float out;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
-}
-
 // ---- Conversions of pairs, low half first [P: cvt]. Rounding is to nearest even; a NaN becomes
 // 0x7fff.
 

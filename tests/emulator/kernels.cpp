@@ -176,11 +176,6 @@ __global__ void __launch_bounds__(64) bounded_kernel() { check_launch_bounds<64>
 
 // ---- Arithmetic, conversions and random words
 
-__global__ void exp2_kernel(const float* in, int n, float* out) {
-  for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x))
-    out[i] = exp2_approx(in[i]);
-}
-
 __global__ void convert_kernel(const float* in, int64_t n, uint32_t* bf16, uint32_t* f16) {
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
     bf16[i] = pack_bf16(in[2 * i], in[2 * i + 1]);
@@ -261,9 +256,6 @@ EXPORT shared_overflow(int shared_bytes, int index, int dynamic) {
 EXPORT access_16(const char* from, char* to) { return launch(access_16_kernel, 1, 1, 0, from, to); }
 EXPORT bounded(int grid_y, int threads, int64_t shared_bytes) {
   return launch(bounded_kernel, dim3(1, grid_y), threads, static_cast<size_t>(shared_bytes));
-}
-EXPORT approximate_exp2(const float* in, int n, float* out) {
-  return launch(exp2_kernel, 1, 32, 0, in, n, out);
 }
 EXPORT convert(const float* in, int64_t n, uint32_t* bf16, uint32_t* f16) {
   return launch(convert_kernel, 1, 32, 0, in, n, bf16, f16);

@@ -235,16 +235,6 @@ inline void store_16(void* p, uint4 v, VkPlace place = VkPlace::here()) {
   std::memcpy(p, &v, 16);
 }
 
-// ---- Arithmetic
-
-// With all of its error, up or down by the last bit of x, and results flushed [P: ex2].
-inline float exp2_approx(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const float result = std::exp2(x) * (1.0f + (bits % 2 == 0 ? 0x1p-22f : -0x1p-22f));
-  return result < 0x1p-126f ? 0.0f : result;  // NaN stays NaN
-}
-
 // ---- Conversions [P: cvt]
 
 namespace emulator {

@@ -70,9 +70,8 @@ def units(dtype: torch.dtype, B: int, K: int, per_class: bool) -> tuple[float, f
     """How many times the gradients of logits and distill_logits are kept enlarged."""
     if dtype != torch.float16:
         return 1.0, 1.0
-    of_class, of_distillation = (
-        float(FP16_UNIT << (count - 1).bit_length()) for count in (B, B * K if per_class else B)
-    )
+    counts = B, B * K if per_class else B
+    of_class, of_distillation = (float(FP16_UNIT << (count - 1).bit_length()) for count in counts)
     return of_class, of_distillation
 
 
