@@ -27,6 +27,7 @@ SIZES: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
     "patch_embed": (("K", (64, 256)),),
     "linear_gelu": _PRODUCT,
     "linear": _PRODUCT,
+    "distillation_loss": (("K", (1024, 16384)),),  # classes
 }
 
 

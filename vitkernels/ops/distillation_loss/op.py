@@ -85,7 +85,10 @@ def distillation_loss(
     tensors = (logits, distill_logits, teacher_logits, targets)
     dtypes = tuple(t.dtype for t in tensors if t.is_floating_point())
     wanted = needs_autograd(logits, distill_logits)
-    chosen = choose("distillation_loss", BACKENDS, backend, logits.device, dtypes, training=wanted)
+    chosen = choose(
+        "distillation_loss", BACKENDS, backend, logits.device, dtypes, training=wanted,
+        sizes=(logits.shape[1],),
+    )  # fmt: skip
     per_class = reduction == "deit" and kind == "soft"
     options = (float(alpha), float(temperature), kind == "hard", float(label_smoothing), per_class)
     if chosen == "torch":
@@ -175,6 +178,11 @@ def _fake_distillation_loss_bwd(dloss, dlogits, ddistill, per_class, output_mask
     )
 
 
+def _regime_of_bwd(dloss, dlogits, ddistill, *_):
+    kept = dlogits if dlogits is not None else ddistill
+    return "distillation_loss", (0 if kept is None else kept.shape[1],), ""
+
+
 declare(
     "distillation_loss_fwd",
     "(Tensor logits, Tensor distill_logits, Tensor teacher_logits, Tensor targets, float alpha,"
@@ -182,6 +190,7 @@ declare(
     " -> (Tensor loss, Tensor? dlogits, Tensor? ddistill)",
     fake=_fake_distillation_loss_fwd,
     reference=reference.distillation_loss_fwd,
+    regime=lambda logits, *_: ("distillation_loss", (logits.shape[1],), ""),
 )
 declare(
     "distillation_loss_bwd",
@@ -189,6 +198,7 @@ declare(
     " -> (Tensor? dlogits, Tensor? ddistill)",
     fake=_fake_distillation_loss_bwd,
     reference=reference.distillation_loss_bwd,
+    regime=_regime_of_bwd,
 )
 
 
