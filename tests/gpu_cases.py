@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 import torch
 from attention_problems import attention_problem, packed_problem
-from distillation_problems import distillation_problem
 from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
 from linear_gelu_problems import linear_gelu_problem, linear_problem
 from patch_embed_problems import IMAGE_LAYOUTS, UINT8, patch_embed_problem
@@ -38,7 +37,6 @@ MAKERS = {
     "patch_merge_layer_norm": patch_merge_problem,
     "linear_gelu": linear_gelu_problem,
     "linear": linear_problem,
-    "distillation_loss": distillation_problem,
 }
 
 
@@ -236,11 +234,6 @@ def _products() -> Iterator[Case]:
             options = {"approximate": approximate, "save_preactivation": save}
             options["slack"] = 1.1 if rows == 1 else 1.0  # an outer product's errors have a mean
             yield from _cases("linear_gelu", name, (rows, K), N, **options)
-    for shape in ((64, 10), (64, 1000), (8, 21841), (2, 65536)):
-        for soft in (None, torch.float32):
-            name = f"B{shape[0]} K{shape[1]}{' soft targets' if soft else ''}"
-            options = {"temperature": 3.0, "soft_targets": soft}
-            yield from _cases("distillation_loss", name, shape, **options)
     layouts = ("contiguous", "transposed", "sliced", "expanded", "misaligned_3")
     yield from _cases("linear", "M394 K384 N320", (2, 197, 384), 320, layouts=layouts)
 
@@ -262,7 +255,6 @@ def _small() -> Iterator[Case]:
         yield from _cases("patch_merge_layer_norm", "C6", (2, 5, 4, 6), **one)
         yield from _cases("linear_gelu", "M10 K24 N40", (2, 5, 24), 40, **one)
         yield from _cases("linear", "M10 K24 N40", (2, 5, 24), 40, **one)
-        yield from _cases("distillation_loss", "B3 K37", (3, 37), temperature=2.0, **one)
     yield from _cases("attention_qkvpacked", "N50 D64", 1, 50, 1, 64, dtypes=(FP16,))
     yield from _cases("window_attention", "window 7 shifted D32", 7, 3, D=32, B=1, dtypes=(FP16,))
 

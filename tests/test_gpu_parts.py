@@ -354,7 +354,8 @@ def test_a_record_is_replaced_whole(tmp_path, monkeypatch):
 
 
 def test_the_lists_cover_every_operator_and_path():
-    operators = {op for op in OPERATORS if op != "attention_weights"}
+    # distillation_loss has no GPU cases yet: on a GPU `auto` takes stock PyTorch for it.
+    operators = {op for op in OPERATORS if op not in ("attention_weights", "distillation_loss")}
     assert set(MODULES) == operators
     for cases in (NUMERICS, SMALL):
         of_op = {op: {(c.backend, c.path) for c in cases.values() if c.op == op} for op in MODULES}

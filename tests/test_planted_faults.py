@@ -48,6 +48,11 @@ def nothing(_tensor):
     return None
 
 
+def kept(fault):
+    """Of a gradient that the forward makes only where it is wanted."""
+    return lambda tensor: None if tensor is None else fault(tensor)
+
+
 def gelu_of_saved(tensor):
     return None if tensor is None else torch.nn.functional.gelu(tensor)
 
@@ -131,12 +136,12 @@ FAULTS = {
     "loss: off": ("distillation_loss_fwd", change(0, lambda t: t * 1.00001)),
     "loss: of one sample": ("distillation_loss_fwd", change(0, lambda t: t / 2)),
     "loss: input written": ("distillation_loss_fwd", write_into_input),
-    "kept dlogits: one value": ("distillation_loss_fwd", change(1, add_to_one)),
-    "kept dlogits: bf16 inside": ("distillation_loss_fwd", change(1, truncate)),
-    "kept ddistill: missing": ("distillation_loss_fwd", change(2, nothing)),
+    "kept dlogits: one value": ("distillation_loss_fwd", change(1, kept(add_to_one))),
+    "kept dlogits: bf16 inside": ("distillation_loss_fwd", change(1, kept(truncate))),
+    "kept ddistill: frozen": ("distillation_loss_fwd", change(2, kept(torch.zeros_like))),
     "kept ddistill: without temperature": (
         "distillation_loss_fwd",
-        change(2, lambda t: t / 3),
+        change(2, kept(lambda t: t / 3)),
     ),
     "loss dlogits: last column": ("distillation_loss_bwd", change(0, zero_last_column)),
     "loss ddistill: sign": ("distillation_loss_bwd", change(1, torch.neg)),
