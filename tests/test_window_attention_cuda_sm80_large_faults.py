@@ -3,22 +3,15 @@ emulated: each is caught, by the emulator or by the numbers."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
-import torch
-from native_build import CSRC, CXX, ROOT
+from emulated_mutant import CAN_BUILD, run_mutant
 
-OBJECTS = ROOT / "build/native/inplace/obj"
-FOLDER = "window_attention"
 SHARED, FORWARD, BACKWARD = (
     f"window_attention_sm80_large{suffix}" for suffix in (".cuh", ".cu", "_backward.cu")
 )
 
 pytestmark = pytest.mark.skipif(
-    CXX is None or not (OBJECTS / "emulator_emulator.cpp.emu.o").exists(),
+    not CAN_BUILD,
     reason="no C++ compiler or no build of the emulator",
 )
 
@@ -65,49 +58,9 @@ with cuda_path("sm80"):
 """
 
 
-def package_with(library, folder):
-    """A copy of the package, all links, whose emulated kernels are that library's."""
-    package = folder / "vitkernels"
-    package.mkdir()
-    for path in (ROOT / "vitkernels").iterdir():
-        if path.name not in ("lib", "__pycache__"):
-            (package / path.name).symlink_to(path)
-    (package / "lib").mkdir()
-    for path in (ROOT / "vitkernels/lib").iterdir():
-        if path.name != "libvitkernels_emu.so":
-            (package / "lib" / path.name).symlink_to(path)
-    (package / "lib/libvitkernels_emu.so").symlink_to(library)
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught(fault, tmp_path):
-    changed, old, new, source = FAULTS[fault]
-    copy = tmp_path / "csrc" / FOLDER
-    copy.mkdir(parents=True)
-    for path in (CSRC / FOLDER).glob("*.*h"):
-        (copy / path.name).write_text(path.read_text())
-    (copy / source).write_text((CSRC / FOLDER / source).read_text())
-    text = (copy / changed).read_text()
-    assert not old or text.count(old) == 1, f"{old!r} is in {changed} {text.count(old)} times"
-    (copy / changed).write_text(text.replace(old, new) if old else text)
-
-    mutant = tmp_path / "mutant.so"
-    torch_folder = torch.__path__[0]
-    replaced = f"{FOLDER}_{source}.emu.o"
-    objects = [o for o in sorted(OBJECTS.glob("*.emu.o")) if o.name != replaced]
-    objects.append(OBJECTS / "common_cuda_path.cpp.o")
-    command = [CXX, "-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-w", "-shared"]
-    command += ["-I", str(copy.parent), "-I", str(CSRC / "emulator"), "-I", str(CSRC)]
-    command += ["-isystem", f"{torch_folder}/include", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    command += ["-x", "c++", str(copy / source), "-x", "none", *map(str, objects)]
-    command += ["-L", f"{torch_folder}/lib", "-Wl,--no-as-needed", "-ltorch_cpu", "-lpthread"]
-    subprocess.run([*command, "-o", str(mutant)], check=True)
-
-    package_with(mutant, tmp_path)
-    paths = os.pathsep.join([str(tmp_path), str(ROOT / "tests")])
-    env = os.environ | {"PYTHONPATH": paths, "VITKERNELS_EMULATE": "1"}
-    command = [sys.executable, "-c", CHECK]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = run_mutant("window_attention", FAULTS[fault], CHECK, tmp_path)
     if fault == "none":
         assert done.returncode == 0, done.stderr[-2000:]
     else:
