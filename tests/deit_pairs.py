@@ -35,6 +35,9 @@ class Joined(nn.Module):
         out = self.model(x)
         return torch.stack(out) if isinstance(out, tuple) else out
 
+    def set_grad_checkpointing(self, enable=True):
+        self.model.set_grad_checkpointing(enable)
+
 
 def timm_deit(name="distilled", **more) -> nn.Module:
     from timm.models.deit import VisionTransformerDistilled

@@ -1,15 +1,24 @@
 """FusedDeiT gives timm's numbers, trains with two heads, and does what training scripts ask."""
 
-import copy
-
 import pytest
 import torch
 from deit_pairs import CONFIGS, DISTILLED, PLAIN, Joined, images, pair, timm_deit
+from model_checks import (
+    check_bf16,
+    check_checkpointing,
+    check_draws,
+    check_dynamic_batch,
+    check_export,
+    check_float64,
+    check_fp32,
+    check_intermediates,
+    check_one_graph,
+    check_source_left_alone,
+)
 from timm_stub import timm
-from torch._dynamo.testing import CompileCounterWithBackend
-from vit_pairs import logits_and_grads, needs_timm, randomised, relative_errors, same
+from vit_pairs import logits_and_grads, needs_timm, randomised, same
 
-from vitkernels import FusedDeiT, FusedViT, use_backend
+from vitkernels import FusedDeiT, FusedViT
 from vitkernels import nn as vnn
 from vitkernels.models.deit_names import DEIT_NAMES
 from vitkernels.nn import Attention
@@ -34,34 +43,16 @@ def test_parity_with_timm(name, training):
         pytest.skip("one head")
     theirs, ours = trained(pair(name), training)
     x = images(name)
-    base, got = logits_and_grads(theirs, x), logits_and_grads(ours, x)
-    assert base["logits"].shape == (2, 2, 10) if training else (2, 10)
-    truth = logits_and_grads(copy.deepcopy(theirs).double(), x.double())
-    with use_backend("reference"):
-        exact = logits_and_grads(copy.deepcopy(ours).double(), x.double())
-    assert got.keys() == exact.keys() == truth.keys()
-    errors = relative_errors(exact, truth)
-    assert max(errors.values()) < 1e-9, sorted(errors.items(), key=lambda e: -e[1])[:3]
-    base, errors = relative_errors(base, truth), relative_errors(got, truth)
-    for key, error in errors.items():
-        assert error <= max(2 * base[key], 1e-6), f"{key}: ours {error:.3g}, timm's {base[key]:.3g}"
+    assert ours(x).shape == ((2, 2, 10) if training else (2, 10))
+    check_float64(theirs, ours, x)
+    check_fp32(theirs, ours, x, "auto")
     cases.record("FusedDeiT", "reference", torch.float64, name, str(training))
     cases.record("FusedDeiT", "auto", torch.float32, name, str(training))
 
 
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
 def test_bf16_error_is_that_of_timm(how):
-    theirs, ours = pair()
-    x = images(batch=4)
-    truth = logits_and_grads(copy.deepcopy(theirs).double(), x.double())
-    if how == "bfloat16":
-        theirs, ours, x = theirs.bfloat16(), ours.bfloat16(), x.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16, enabled=how != "bfloat16"):
-        got, base = logits_and_grads(ours, x), logits_and_grads(theirs, x)
-    assert got["logits"].dtype == base["logits"].dtype
-    errors, base = relative_errors(got, truth), relative_errors(base, truth)
-    ratios = torch.tensor([errors[key] / base[key] for key in errors if base[key] > 1e-4])
-    assert ratios.median() <= 1.1 and ratios.max() <= 4
+    check_bf16(*pair(), images(batch=4), how)
 
 
 @pytest.mark.parametrize("name", DEIT_NAMES)
@@ -92,13 +83,8 @@ def test_other_names_are_refused(name):
 
 
 def test_training_mode_draws_as_timm_does():
-    theirs, ours = trained(pair(drop_path_rate=0.4, drop_rate=0.2, proj_drop_rate=0.1), True)
-    x, results = images(batch=6), []
-    for model in (theirs, ours):
-        torch.manual_seed(11)
-        results.append(logits_and_grads(model, x))
-    errors = relative_errors(results[1], results[0])
-    assert max(errors.values()) < 5e-5, sorted(errors.items(), key=lambda e: -e[1])[:3]
+    models = pair(drop_path_rate=0.4, drop_rate=0.2, proj_drop_rate=0.1)
+    check_draws(*trained(models, True), images(batch=6))
 
 
 @pytest.mark.parametrize("scheme", ["", "jax", "reset"])
@@ -205,43 +191,22 @@ def test_images_to_tokens_in_one_call(monkeypatch):
 @pytest.mark.parametrize("name", ["distilled", "deit3"])
 def test_gradient_checkpointing_changes_nothing(name):
     _, ours = pair(name, drop_path_rate=0.4)
-    ours.train()
-    results = []
-    for enabled in (False, True):
-        ours.set_grad_checkpointing(enabled)
-        torch.manual_seed(6)
-        results.append(logits_and_grads(ours, torch.ones(3, 3, 32, 32) * 0.4))
-    same(results[1], results[0])
+    check_checkpointing(ours, torch.ones(3, 3, 32, 32) * 0.4)
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_as_one_graph(training):
     _, ours = pair(depth=2)
     (joined,) = trained([ours], training)
-    x = images(batch=3)
-    torch._dynamo.reset()
-    compiled = torch.compile(joined, backend="aot_eager", fullgraph=True)
-    got = {k.removeprefix("_orig_mod."): v for k, v in logits_and_grads(compiled, x).items()}
-    same(got, logits_and_grads(joined, x))
+    check_one_graph(joined, images(batch=3), "train" if training else "eval")
 
 
 def test_dynamic_batch_compiles_once():
-    _, ours = pair(depth=2)
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(ours, backend=counter, fullgraph=True)
-    with torch.no_grad():
-        for batch in (2, 3, 5):
-            x = images(batch=batch)
-            torch._dynamo.mark_dynamic(x, 0)
-            same({"y": compiled(x)}, {"y": ours(x)})
-    assert counter.frame_count == 1
+    check_dynamic_batch(pair(depth=2)[1], (images(batch=batch) for batch in (2, 3, 5)))
 
 
 def test_torch_export():
-    _, ours = pair()
-    x = images()
-    same({"y": torch.export.export(ours, (x,)).module()(x)}, {"y": ours(x)})
+    check_export(pair()[1], images())
 
 
 INTERMEDIATES = (
@@ -253,14 +218,7 @@ INTERMEDIATES = (
 
 @pytest.mark.parametrize("options", INTERMEDIATES, ids=str)
 def test_forward_intermediates(options):
-    theirs, ours = pair("dynamic_size")
-    x = images("dynamic_size")
-    expected, got = (m.forward_intermediates(x, **options) for m in (theirs, ours))
-    same({"y": got[0]}, {"y": expected[0]})
-    for mine, other in zip(got[1], expected[1], strict=True):
-        pairs = zip(mine, other, strict=True) if isinstance(mine, tuple) else [(mine, other)]
-        for a, b in pairs:
-            same({"y": a}, {"y": b})
+    check_intermediates(*pair("dynamic_size"), images("dynamic_size"), options)
 
 
 def test_methods_are_those_of_timm():
@@ -335,8 +293,6 @@ def test_from_timm_copies_and_keeps_the_mode(name):
     theirs.dist_token.requires_grad_(False)
     ours = FusedDeiT.from_timm(theirs)
     assert ours.training and ours.distilled_training and not ours.dist_token.requires_grad
-    for (key, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(mine, other) and mine.data_ptr() != other.data_ptr(), key
-        assert mine.dtype == torch.bfloat16
+    check_source_left_alone(theirs, ours, torch.bfloat16)
     with pytest.raises(ValueError, match="VisionTransformerDistilled is not supported by FusedVi"):
         FusedViT.from_timm(theirs)

@@ -1,13 +1,19 @@
 """FusedHybridViT gives timm's numbers: logits and every gradient, in evaluation and training."""
 
-import copy
-
 import pytest
 import torch
-from hybrid_pairs import CONFIGS, images, pair, timm_hybrid
-from vit_pairs import logits_and_grads, needs_timm, relative_errors, same
+from hybrid_pairs import CONFIGS, images, pair, timm_backbone, timm_hybrid
+from model_checks import (
+    check_bf16,
+    check_draws,
+    check_float64,
+    check_fp32,
+    check_loss_curve,
+    check_source_left_alone,
+)
+from vit_pairs import logits_and_grads, needs_timm, same
 
-from vitkernels import FusedHybridViT, use_backend
+from vitkernels import FusedHybridViT
 from vitkernels.nn import HybridEmbed, ResNetStem, ResNetV2
 from vitkernels.testing import cases
 
@@ -16,47 +22,24 @@ pytestmark = pytest.mark.skipif(**needs_timm)
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_float64_reference_equals_timm(name):
-    theirs, ours = (model.double() for model in pair(name))
+    theirs, ours = pair(name)
     assert isinstance(ours.patch_embed.backbone, (ResNetStem, ResNetV2))
     assert list(ours.state_dict()) == list(theirs.state_dict())
-    x = images(name).double()
-    truth = logits_and_grads(theirs, x)
-    with use_backend("reference"):
-        got = logits_and_grads(ours, x)
-    same(got, truth, 1e-9)
+    check_float64(theirs, ours, images(name))
     cases.record("FusedHybridViT", "reference", torch.float64, name)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_fp32_error_is_that_of_timm(name, backend):
-    theirs, ours = pair(name)
-    x = images(name)
-    truth = logits_and_grads(copy.deepcopy(theirs).double(), x.double())
-    base = relative_errors(logits_and_grads(theirs, x), truth)
-    with use_backend(backend):
-        errors = relative_errors(logits_and_grads(ours, x), truth)
-    for key, error in errors.items():
-        assert error <= max(2 * base[key], 1e-6), f"{key}: ours {error:.3g}, timm's {base[key]:.3g}"
+    check_fp32(*pair(name), images(name), backend)
     cases.record("FusedHybridViT", backend, torch.float32, name)
 
 
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("name", ["r", "r8"])
 def test_bf16_error_is_that_of_timm(name, how):
-    theirs, ours = pair(name)
-    x = images(name, batch=4)
-    truth = logits_and_grads(copy.deepcopy(theirs).double(), x.double())
-    if how == "bfloat16":
-        theirs, ours, x = theirs.bfloat16(), ours.bfloat16(), x.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        got = logits_and_grads(ours, x)
-        base = logits_and_grads(theirs, x)
-    assert got["logits"].dtype == base["logits"].dtype
-    errors, base = relative_errors(got, truth), relative_errors(base, truth)
-    ratios = torch.tensor([errors[key] / base[key] for key in errors if base[key] > 1e-4])
-    assert ratios.median() <= 1.1
-    assert ratios.max() <= 4, max(errors, key=lambda key: errors[key] / base[key])
+    check_bf16(*pair(name), images(name, batch=4), how)
     cases.record("FusedHybridViT", "auto", torch.bfloat16, name, how)
 
 
@@ -64,28 +47,19 @@ def test_bf16_error_is_that_of_timm(name, how):
 def test_training_mode_draws_as_timm_does(checkpointing):
     settings = {"drop_path_rate": 0.4, "proj_drop_rate": 0.2, "pos_drop_rate": 0.1}
     theirs, ours = (model.train() for model in pair(**settings))
-    x, results = images(batch=6), []
     for model in (theirs, ours):
         model.set_grad_checkpointing(checkpointing)
-        torch.manual_seed(11)
-        results.append(logits_and_grads(model, x))
+    check_draws(theirs, ours, images(batch=6))
     assert ours.patch_embed.backbone.stages[0].grad_checkpointing == checkpointing
-    same(results[1], results[0], 5e-5)
 
 
 def test_drop_path_of_the_backbone():
-    from hybrid_pairs import timm_backbone
-
     backbone = timm_backbone((2, 2), drop_path_rate=0.8)
     theirs, ours = (model.train() for model in pair("one_stage", backbone=backbone, patch_size=1))
     rates = [block.drop_path.drop_prob for stage in ours.patch_embed.backbone.stages
              for block in stage.blocks]  # fmt: skip
     assert rates[0] == 0 and rates[-1] == pytest.approx(0.8)
-    x, results = images("one_stage", batch=6), []
-    for model in (theirs, ours):
-        torch.manual_seed(11)
-        results.append(logits_and_grads(model, x))
-    same(results[1], results[0], 5e-5)
+    check_draws(theirs, ours, images("one_stage", batch=6))
 
 
 @pytest.mark.parametrize("scheme", ["", "jax", "moco", "reset"])
@@ -145,20 +119,11 @@ def test_from_timm_copies_and_leaves_the_source_alone():
     theirs.patch_embed.backbone.stem.conv.weight.requires_grad_(False)
     theirs.patch_embed.backbone.stages[1].eval()
     theirs.set_grad_checkpointing()
-    before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     ours = FusedHybridViT.from_timm(theirs)
     stages = ours.patch_embed.backbone.stages
     assert ours.training and stages[0].training and not stages[1].blocks[0].conv1.training
     assert ours.grad_checkpointing and all(stage.grad_checkpointing for stage in stages)
-    for (name, mine), (_, other) in zip(
-        ours.named_parameters(), theirs.named_parameters(), strict=True
-    ):
-        assert torch.equal(mine, other) and mine.data_ptr() != other.data_ptr(), name
-        assert mine.dtype == torch.bfloat16 and mine.requires_grad == other.requires_grad
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.add_(1)
-    assert all(torch.equal(before[name], t) for name, t in theirs.state_dict().items())
+    check_source_left_alone(theirs, ours, torch.bfloat16)
 
 
 def test_what_timm_can_change_in_its_backbone_is_seen():
@@ -173,8 +138,6 @@ def test_what_timm_can_change_in_its_backbone_is_seen():
 
     def another_pool(backbone):
         backbone.stem.pool = torch.nn.AvgPool2d(2)
-
-    from hybrid_pairs import timm_backbone
 
     x = images()
     for change in (dilated, more_groups, another_pool):
@@ -203,19 +166,5 @@ def test_a_hybrid_is_no_plain_vit():
 
 
 def test_fifty_training_steps_follow_the_same_loss_curve():
-    theirs, ours = (model.train() for model in pair("one_stage", drop_path_rate=0.1))
-    x, target = images("one_stage", batch=8), torch.randint(0, 10, (8,))
-    curves = []
-    for model in (theirs, ours):
-        torch.manual_seed(3)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
-        losses = []
-        for _ in range(50):
-            loss = torch.nn.functional.cross_entropy(model(x), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        curves.append(torch.tensor(losses))
-    assert curves[0][-1] < 0.5 * curves[0][0]
-    assert (curves[0] - curves[1]).abs().max() < 1e-3
+    models = pair("one_stage", drop_path_rate=0.1)
+    check_loss_curve(*models, images("one_stage", batch=8), 50, lr=5e-4)

@@ -1,11 +1,17 @@
 """What people do with a FusedHybridViT besides calling it, and other CNNs in front of it."""
 
 import copy
-import pickle
 
 import pytest
 import torch
 from hybrid_pairs import TINY, images, pair, timm_hybrid
+from model_checks import (
+    COPIES,
+    check_checkpointing,
+    check_copy,
+    check_intermediates,
+    check_one_graph,
+)
 from torch import nn
 from vit_pairs import ROUNDING, logits_and_grads, needs_timm, randomised, same
 
@@ -21,12 +27,7 @@ pytestmark = pytest.mark.skipif(**needs_timm)
 
 def test_gradient_checkpointing_changes_nothing():
     _, ours = pair("r8", drop_path_rate=0.4, attn_drop_rate=0.2, proj_drop_rate=0.1)
-    x, results = images("r8", batch=4), []
-    for enabled in (False, True):
-        ours.train().set_grad_checkpointing(enabled)
-        torch.manual_seed(6)
-        results.append(logits_and_grads(ours, x))
-    same(results[1], results[0])
+    check_checkpointing(ours, images("r8", batch=4))
 
 
 @pytest.mark.parametrize(
@@ -35,18 +36,7 @@ def test_gradient_checkpointing_changes_nothing():
 )
 def test_compiles_as_one_graph(name, mode):
     _, ours = pair(name, drop_path_rate=0.3, attn_drop_rate=0.1)
-    ours.train(mode in ("train", "checkpointing"))
-    ours.set_grad_checkpointing(mode == "checkpointing")
-    x = images(name, batch=3)
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    results = []
-    for model in (ours, compiled):
-        torch.manual_seed(7)
-        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-            got = logits_and_grads(model, x)
-        results.append({key.removeprefix("_orig_mod."): value for key, value in got.items()})
-    same(results[1], results[0], 2e-2 if mode == "autocast" else 2 * ROUNDING)
+    check_one_graph(ours, images(name, batch=3), mode, 2 * ROUNDING)
 
 
 def test_compiled_inference_and_export():
@@ -61,15 +51,14 @@ def test_compiled_inference_and_export():
     same({"y": program.module()(x)}, {"y": expected})
 
 
-def test_copies():
-    _, ours = pair("r8")
-    x = images("r8")
-    with torch.no_grad():
-        expected = ours(x)
-        for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-            assert torch.equal(other(x), expected)
-    half = copy.deepcopy(ours).to(torch.bfloat16)
-    assert half(x).dtype == torch.bfloat16  # float images are cast
+@pytest.mark.parametrize("how", COPIES)
+def test_copies(how):
+    check_copy(pair("r8")[1], images("r8"), how, lambda: pair("r8")[1])
+
+
+def test_a_bf16_copy_keeps_the_statistics_of_images():
+    half = pair("r8")[1].to(torch.bfloat16)
+    assert half(images("r8")).dtype == torch.bfloat16  # float images are cast
     assert half.patch_embed.mean.dtype == torch.float32
 
 
@@ -108,13 +97,7 @@ def test_another_input_size(name, size):
 )
 @pytest.mark.parametrize("name", ["r", "dynamic_size", "dynamic_pad"])
 def test_forward_intermediates(name, options):
-    theirs, ours = pair(name)
-    x = images(name)
-    expected = torch.utils._pytree.tree_flatten(theirs.forward_intermediates(x, **options))
-    got = torch.utils._pytree.tree_flatten(ours.forward_intermediates(x, **options))
-    assert got[1] == expected[1]
-    for a, b in zip(got[0], expected[0], strict=True):
-        assert a.shape == b.shape and (a - b).norm() <= 5e-6 * b.norm()
+    check_intermediates(*pair(name), images(name), options, 5e-6)
 
 
 def test_a_size_that_halving_rounds_up():

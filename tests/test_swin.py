@@ -5,6 +5,15 @@ import statistics
 
 import pytest
 import torch
+from model_checks import (
+    BF16,
+    check_autocast_dtypes,
+    check_bf16,
+    check_draws,
+    check_float64,
+    check_fp32,
+    check_loss_curve,
+)
 from swin_pairs import (
     CONFIGS,
     FAST,
@@ -32,24 +41,15 @@ def test_errors_are_those_of_timm(name):
     """The reference in float64 equals timm; each backend in fp32 errs at most twice as timm."""
     theirs, ours = pair(name)
     x = images(name)
-    truth = logits_and_grads(copy.deepcopy(theirs).double(), x.double())
-    with use_backend("reference"):
-        exact = logits_and_grads(copy.deepcopy(ours).double(), x.double())
-    assert exact.keys() == truth.keys()
-    errors = relative_errors(exact, truth)
-    assert max(errors.values()) < 1e-9, sorted(errors.items(), key=lambda e: -e[1])[:3]
+    check_float64(theirs, ours, x)
     cases.record("FusedSwin", "reference", torch.float64, name)
 
-    base = relative_errors(logits_and_grads(theirs, x), truth)
+    def least(key, truth):
+        """One number's rounding scatters; the table network's gradients are sums of a few."""
+        return ROUNDING if truth.numel() < 8 or "cpb_mlp" in key else 1e-6
+
     for backend in ("auto", "torch"):
-        with use_backend(backend):
-            errors = relative_errors(logits_and_grads(ours, x), truth)
-        for key, error in errors.items():
-            # One number's rounding scatters; the table network's gradients are sums of a few.
-            few = truth[key].numel() < 8 or "cpb_mlp" in key
-            assert error <= max(2 * base[key], ROUNDING if few else 1e-6), (
-                f"{backend} {key}: ours {error:.3g}, timm's {base[key]:.3g}"
-            )
+        check_fp32(theirs, ours, x, backend, least)
         cases.record("FusedSwin", backend, torch.float32, name)
 
 
@@ -84,28 +84,9 @@ def test_swin_tiny_itself():
 
 
 @pytest.mark.parametrize("name", FAST)
-@pytest.mark.parametrize("how", ["bfloat16", "autocast", "mixed"])
+@pytest.mark.parametrize("how", BF16)
 def test_bf16_error_is_that_of_timm(name, how):
-    """bfloat16: everything; autocast: fp32 parameters; mixed: bf16 Linears beside fp32 norms."""
-    theirs, ours = pair(name)
-    x = images(name, batch=4)
-    truth = logits_and_grads(copy.deepcopy(theirs).double(), x.double())
-    if how == "bfloat16":
-        theirs, ours, x = theirs.bfloat16(), ours.bfloat16(), x.bfloat16()
-    if how == "mixed":
-        for module in ours.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16, enabled=how != "bfloat16"):
-        got = logits_and_grads(ours, x)
-        base = logits_and_grads(theirs, x)
-    assert got["logits"].dtype == base["logits"].dtype
-    errors, base = relative_errors(got, truth), relative_errors(base, truth)
-    ratios = torch.tensor(
-        [errors[key] / base[key] for key in errors if base[key] > 1e-4 and truth[key].numel() >= 8]
-    )
-    assert ratios.median() <= 1.1  # one gradient's 16-bit noise scatters, all of them do not
-    assert ratios.max() <= 4, max(errors, key=lambda key: errors[key] / base[key])
+    check_bf16(*pair(name), images(name, batch=4), how, fewest=8)
     cases.record("FusedSwin", "auto", torch.bfloat16, name, how)
 
 
@@ -120,21 +101,13 @@ RANDOM = {
 @pytest.mark.parametrize("config", ["v1", "v2", "v1_odd_maps"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_mode_draws_as_timm_does(config, name, checkpointing):
-    theirs, ours = (model.train() for model in pair(config, **RANDOM[name]))
-    x = images(config, batch=6)
-    results = []
-    for model in (theirs, ours):
+    models = [model.train() for model in pair(config, **RANDOM[name])]
+    for model in models:
         for stage in model.layers:
             for block in stage.blocks:  # drawn in the order of windows by timm, of the map by us
                 block.attn.proj_drop.p = 0.0
         model.set_grad_checkpointing(checkpointing)
-        torch.manual_seed(11)
-        results.append(logits_and_grads(model, x))
-    base, got = results
-    errors = relative_errors(got, base)
-    assert max(errors.values()) < 5e-5, sorted(errors.items(), key=lambda e: -e[1])[:3]
-    torch.manual_seed(12)
-    assert not torch.equal(ours(x), got["logits"]), "another seed drops something else"
+    check_draws(*models, images(config, batch=6))
 
 
 @pytest.mark.parametrize("config", ["v1", "v2"])
@@ -179,35 +152,12 @@ def test_initial_weights_are_those_of_timm(version, scheme):
 
 @pytest.mark.parametrize("config", ["v1", "v2"])
 def test_twenty_training_steps_follow_the_same_loss_curve(config):
-    theirs, ours = (model.train() for model in pair(config, drop_path_rate=0.1))
-    x, target = images(config, batch=8), torch.randint(0, 10, (8,))
-    curves = []
-    for model in (theirs, ours):
-        torch.manual_seed(3)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        losses = []
-        for _ in range(20):
-            loss = torch.nn.functional.cross_entropy(model(x), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        curves.append(torch.tensor(losses))
-    assert curves[0][-1] < 0.5 * curves[0][0]
-    assert (curves[0] - curves[1]).abs().max() < 1e-3
+    check_loss_curve(*pair(config, drop_path_rate=0.1), images(config, batch=8), 20)
 
 
 @pytest.mark.parametrize("config", ["v1", "v2"])
 def test_autocast_dtypes_are_those_of_timm(config):
-    theirs, ours = pair(config)
-    x = images(config)
-    with torch.autocast("cpu", torch.bfloat16):
-        for method in ("forward_features", "forward"):
-            expected, got = getattr(theirs, method)(x), getattr(ours, method)(x)
-            assert got.dtype == expected.dtype
-        _, expected = theirs.forward_intermediates(x, norm=True)
-        _, got = ours.forward_intermediates(x, norm=True)
-        assert [t.dtype for t in got] == [t.dtype for t in expected]
+    check_autocast_dtypes(*pair(config), images(config))
 
 
 NAMES = (

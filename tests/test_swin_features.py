@@ -1,14 +1,22 @@
 """What people do with a FusedSwin besides calling it: compiling, copying, methods, images."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
-from swin_pairs import FAST, ROUNDING, images, logits_and_grads, needs_timm, pair, same, settings
+from model_checks import (
+    COPIES,
+    check_checkpointing,
+    check_copy,
+    check_dynamic_batch,
+    check_export,
+    check_frozen,
+    check_functional_gradients,
+    check_intermediates,
+    check_one_graph,
+)
+from swin_pairs import FAST, images, logits_and_grads, needs_timm, pair, same, settings
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from vitkernels import FusedSwin
 from vitkernels.models import FeaturePyramid
@@ -27,13 +35,7 @@ SHALLOW = {
 @pytest.mark.parametrize("name", ["v1", "v2"])
 def test_gradient_checkpointing_changes_nothing(name):
     _, ours = pair(name, drop_path_rate=0.4, attn_drop_rate=0.2, proj_drop_rate=0.1)
-    ours.train()
-    x, results = images(name, batch=4), []
-    for enabled in (False, True):
-        ours.set_grad_checkpointing(enabled)
-        torch.manual_seed(6)
-        results.append(logits_and_grads(ours, x))
-    same(results[1], results[0])
+    check_checkpointing(ours, images(name, batch=4))
 
 
 @pytest.mark.parametrize(
@@ -47,31 +49,12 @@ def test_gradient_checkpointing_changes_nothing(name):
 )
 def test_compiles_as_one_graph(name, mode):
     _, ours = pair(name, drop_path_rate=0.3, attn_drop_rate=0.1, **SHALLOW[name])
-    ours.train(mode in ("train", "checkpointing"))
-    ours.set_grad_checkpointing(mode == "checkpointing")
-    x = images(name, batch=3)
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    results = []
-    for model in (ours, compiled):
-        torch.manual_seed(7)
-        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-            got = logits_and_grads(model, x)
-        results.append({key.removeprefix("_orig_mod."): value for key, value in got.items()})
-    same(results[1], results[0], 2e-2 if mode == "autocast" else ROUNDING)
+    check_one_graph(ours, images(name, batch=3), mode)
 
 
 def test_dynamic_batch_compiles_once():
     _, ours = pair("v1", **SHALLOW["v1"])
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(ours, backend=counter, fullgraph=True)
-    with torch.no_grad():
-        for batch in (2, 3, 5, 7):
-            x = images("v1", batch=batch)
-            torch._dynamo.mark_dynamic(x, 0)
-            same({"y": compiled(x)}, {"y": ours(x)})
-    assert counter.frame_count == 1
+    check_dynamic_batch(ours, (images("v1", batch=batch) for batch in (2, 3, 5, 7)))
 
 
 def test_sizes_may_change_under_compile():
@@ -86,38 +69,19 @@ def test_sizes_may_change_under_compile():
 
 @pytest.mark.parametrize("name", ["v1_odd_maps", "v2"])
 def test_torch_export(name):
-    _, ours = pair(name, **SHALLOW[name])
-    x = images(name)
-    program = torch.export.export(ours, (x,))
-    same({"y": program.module()(x)}, {"y": ours(x)})
+    check_export(pair(name, **SHALLOW[name])[1], images(name))
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "state_dict", "meta"])
+@pytest.mark.parametrize("how", [*COPIES, "meta"])
 @pytest.mark.parametrize("name", ["v1", "v2"])
 def test_copies(name, how):
-    _, ours = pair(name)
-    x, buffer = images(name), io.BytesIO()
-    if how == "deepcopy":
-        other = copy.deepcopy(ours)
-    elif how == "pickle":
-        other = pickle.loads(pickle.dumps(ours))
-    elif how == "torch.save":
-        torch.save(ours, buffer)
-        buffer.seek(0)
-        other = torch.load(buffer, weights_only=False)
-    elif how == "meta":
-        other = FusedSwin(**settings(name), pad_mode="timm", device="meta").eval()
-        other.to_empty(device="cpu").load_state_dict(ours.state_dict())
-    else:
-        _, other = pair(name)
-        assert not torch.equal(other(x), ours(x))
-        torch.save(ours.state_dict(), buffer)
-        buffer.seek(0)
-        other.load_state_dict(torch.load(buffer), strict=True)
-    assert torch.equal(other(x), ours(x))
-    with torch.no_grad():
-        next(iter(other.parameters())).add_(1)
-    assert not torch.equal(other(x), ours(x))
+    def another():
+        if how == "state_dict":
+            return pair(name)[1]
+        model = FusedSwin(**settings(name), pad_mode="timm", device="meta").eval()
+        return model.to_empty(device="cpu")
+
+    check_copy(pair(name)[1], images(name), how, another)
 
 
 def test_position_biases_of_v2_follow_their_parameters():
@@ -139,25 +103,11 @@ def test_position_biases_of_v2_follow_their_parameters():
 
 
 def test_functional_gradients():
-    _, ours = pair("v1", **SHALLOW["v1"])
-    x = images()
-    parameters = dict(ours.named_parameters())
-
-    def loss(values):
-        return torch.func.functional_call(ours, values, (x,)).square().sum()
-
-    functional = torch.func.grad(loss)(parameters)
-    loss(parameters).backward()
-    same(functional, {name: p.grad for name, p in parameters.items()})
+    check_functional_gradients(pair("v1", **SHALLOW["v1"])[1], images())
 
 
 def test_frozen_parameters_get_no_gradient():
-    _, ours = pair("v1", **SHALLOW["v1"])
-    for name, parameter in ours.named_parameters():
-        parameter.requires_grad_("head" in name or "bias_table" in name)
-    ours(images()).sum().backward()
-    for name, parameter in ours.named_parameters():
-        assert (parameter.grad is not None) == ("head" in name or "bias_table" in name)
+    check_frozen(pair("v1", **SHALLOW["v1"])[1], images(), ("head", "bias_table"))
 
 
 def test_uint8_images():
@@ -188,14 +138,10 @@ def test_uint8_images():
 def test_forward_intermediates(name, options):
     theirs, ours = pair(name)
     x = images(name)
-    expected = torch.utils._pytree.tree_flatten(theirs.forward_intermediates(x, **options))
-    got = torch.utils._pytree.tree_flatten(ours.forward_intermediates(x, **options))
-    assert got[1] == expected[1]
-    for a, b in zip(got[0], expected[0], strict=True):
-        assert a.shape == b.shape and a.is_contiguous()
-        assert (a - b).norm() <= 2e-6 * b.norm()
-    last, maps = ours.forward_intermediates(x, output_fmt="NHWC")
+    check_intermediates(theirs, ours, x, options)
+    _, maps = ours.forward_intermediates(x, output_fmt="NHWC")
     _, nchw = ours.forward_intermediates(x)
+    assert all(m.is_contiguous() for m in nchw)
     assert all(torch.equal(a.permute(0, 3, 1, 2), b) for a, b in zip(maps, nchw, strict=True))
 
 

@@ -1,12 +1,20 @@
 """FusedViT gives timm's numbers: logits and every gradient, in evaluation and in training mode."""
 
-import copy
-
 import pytest
 import torch
-from vit_pairs import CONFIGS, images, logits_and_grads, needs_timm, pair, relative_errors, timm_vit
+from model_checks import (
+    BF16,
+    check_autocast_dtypes,
+    check_bf16,
+    check_draws,
+    check_float64,
+    check_fp32,
+    check_loss_curve,
+    check_source_left_alone,
+)
+from vit_pairs import CONFIGS, images, needs_timm, pair, relative_errors, timm_vit
 
-from vitkernels import FusedViT, use_backend
+from vitkernels import FusedViT
 from vitkernels.testing import cases
 
 pytestmark = pytest.mark.skipif(**needs_timm)
@@ -14,52 +22,21 @@ pytestmark = pytest.mark.skipif(**needs_timm)
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_float64_reference_equals_timm(name):
-    theirs, ours = (model.double() for model in pair(name))
-    x = images(name).double()
-    truth = logits_and_grads(theirs, x)
-    with use_backend("reference"):
-        got = logits_and_grads(ours, x)
-    assert got.keys() == truth.keys()
-    errors = relative_errors(got, truth)
-    assert max(errors.values()) < 1e-9, sorted(errors.items(), key=lambda e: -e[1])[:3]
+    check_float64(*pair(name), images(name))
     cases.record("FusedViT", "reference", torch.float64, name)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_fp32_error_is_that_of_timm(name, backend):
-    theirs, ours = pair(name)
-    x = images(name)
-    truth = logits_and_grads(copy.deepcopy(theirs).double(), x.double())
-    base = relative_errors(logits_and_grads(theirs, x), truth)
-    with use_backend(backend):
-        errors = relative_errors(logits_and_grads(ours, x), truth)
-    for key, error in errors.items():
-        assert error <= max(2 * base[key], 1e-6), f"{key}: ours {error:.3g}, timm's {base[key]:.3g}"
+    check_fp32(*pair(name), images(name), backend)
     cases.record("FusedViT", backend, torch.float32, name)
 
 
 @pytest.mark.parametrize("name", ["class_token", "registers_layer_scale", "average_pool"])
-@pytest.mark.parametrize("how", ["bfloat16", "autocast", "mixed"])
+@pytest.mark.parametrize("how", BF16)
 def test_bf16_error_is_that_of_timm(name, how):
-    """bfloat16: everything; autocast: fp32 parameters; mixed: bf16 Linears beside fp32 norms."""
-    theirs, ours = pair(name)
-    x = images(name, batch=4)
-    truth = logits_and_grads(copy.deepcopy(theirs).double(), x.double())
-    if how == "bfloat16":
-        theirs, ours, x = theirs.bfloat16(), ours.bfloat16(), x.bfloat16()
-    if how == "mixed":
-        for module in ours.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16, enabled=how != "bfloat16"):
-        got = logits_and_grads(ours, x)
-        base = logits_and_grads(theirs, x)
-    assert got["logits"].dtype == base["logits"].dtype
-    errors, base = relative_errors(got, truth), relative_errors(base, truth)
-    ratios = torch.tensor([errors[key] / base[key] for key in errors if base[key] > 1e-4])
-    assert ratios.median() <= 1.1  # one gradient's 16-bit noise scatters, all of them do not
-    assert ratios.max() <= 4, max(errors, key=lambda key: errors[key] / base[key])
+    check_bf16(*pair(name), images(name, batch=4), how)
     cases.record("FusedViT", "auto", torch.bfloat16, name, how)
 
 
@@ -76,30 +53,14 @@ RANDOM = {
 @pytest.mark.parametrize("name", RANDOM)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_mode_draws_as_timm_does(name, checkpointing):
-    theirs, ours = (model.train() for model in pair(**RANDOM[name]))
-    x = images(batch=6)
-    results = []
-    for model in (theirs, ours):
+    models = [model.train() for model in pair(**RANDOM[name])]
+    for model in models:
         model.set_grad_checkpointing(checkpointing)
-        torch.manual_seed(11)
-        results.append(logits_and_grads(model, x))
-    base, got = results
-    errors = relative_errors(got, base)
-    assert max(errors.values()) < 5e-5, sorted(errors.items(), key=lambda e: -e[1])[:3]
-    torch.manual_seed(12)
-    assert not torch.equal(ours(x), got["logits"]), "another seed drops something else"
+    check_draws(*models, images(batch=6))
 
 
 def test_autocast_dtypes_are_those_of_timm():
-    theirs, ours = pair("registers_layer_scale")
-    x = images()
-    with torch.autocast("cpu", torch.bfloat16):
-        for method in ("forward_features", "forward"):
-            expected, got = getattr(theirs, method)(x), getattr(ours, method)(x)
-            assert got.dtype == expected.dtype
-        _, expected = theirs.forward_intermediates(x, norm=True)
-        _, got = ours.forward_intermediates(x, norm=True)
-        assert [t.dtype for t in got] == [t.dtype for t in expected]
+    check_autocast_dtypes(*pair("registers_layer_scale"), images())
 
 
 @pytest.mark.parametrize("block_fn, mlp", [("Block", "Mlp"), ("ResPostBlock", "SwiGLUPacked")])
@@ -141,22 +102,7 @@ def test_attention_masks(attn_mask):
 
 
 def test_fifty_training_steps_follow_the_same_loss_curve():
-    theirs, ours = (model.train() for model in pair(drop_path_rate=0.1, init_values=0.5))
-    x, target = images(batch=8), torch.randint(0, 10, (8,))
-    curves = []
-    for model in (theirs, ours):
-        torch.manual_seed(3)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        losses = []
-        for _ in range(50):
-            loss = torch.nn.functional.cross_entropy(model(x), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        curves.append(torch.tensor(losses))
-    assert curves[0][-1] < 0.5 * curves[0][0]
-    assert (curves[0] - curves[1]).abs().max() < 1e-3
+    check_loss_curve(*pair(drop_path_rate=0.1, init_values=0.5), images(batch=8), 50)
 
 
 # --- from_timm ------------------------------------------------------------------------------------
@@ -166,19 +112,10 @@ def test_from_timm_copies_and_leaves_the_source_alone():
     theirs = timm_vit("registers_layer_scale", drop_path_rate=0.2).bfloat16().train()
     theirs.cls_token.requires_grad_(False)
     theirs.blocks[1].eval()
-    before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     ours = FusedViT.from_timm(theirs)
     assert ours.training and not ours.blocks[1].attn.training and ours.blocks[2].training
     assert [b.drop_path2.drop_prob for b in ours.blocks] == pytest.approx([0.0, 0.1, 0.2])
-    for (name, mine), (_, other) in zip(
-        ours.named_parameters(), theirs.named_parameters(), strict=True
-    ):
-        assert torch.equal(mine, other) and mine.data_ptr() != other.data_ptr(), name
-        assert mine.dtype == torch.bfloat16 and mine.requires_grad == other.requires_grad
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.add_(1)
-    assert all(torch.equal(before[name], t) for name, t in theirs.state_dict().items())
+    check_source_left_alone(theirs, ours, torch.bfloat16)
 
 
 def test_from_timm_by_name_and_strict_loading():

@@ -1,14 +1,20 @@
 """What people do with a FusedViT besides calling it: compiling, copying, methods, pictures."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
+from model_checks import (
+    COPIES,
+    check_checkpointing,
+    check_copy,
+    check_dynamic_batch,
+    check_export,
+    check_frozen,
+    check_functional_gradients,
+    check_intermediates,
+    check_one_graph,
+)
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from vit_pairs import ROUNDING, images, logits_and_grads, needs_timm, pair, same
+from vit_pairs import images, logits_and_grads, needs_timm, pair, same
 
 from vitkernels import FusedViT
 from vitkernels.models import attention_rollout
@@ -23,44 +29,18 @@ pytestmark = pytest.mark.skipif(**needs_timm)
 @pytest.mark.parametrize("name", ["registers_layer_scale", "clip"])
 def test_gradient_checkpointing_changes_nothing(name):
     _, ours = pair(name, drop_path_rate=0.4, attn_drop_rate=0.2, proj_drop_rate=0.1)
-    ours.train()
-    x, results = images(name, batch=4), []
-    for enabled in (False, True):
-        ours.set_grad_checkpointing(enabled)
-        torch.manual_seed(6)
-        results.append(logits_and_grads(ours, x))
-    same(results[1], results[0])
+    check_checkpointing(ours, images(name, batch=4))
 
 
 @pytest.mark.parametrize("mode", ["eval", "train", "checkpointing", "autocast"])
 @pytest.mark.parametrize("name", ["registers_layer_scale", "qk_norm"])
 def test_compiles_as_one_graph(name, mode):
     _, ours = pair(name, depth=2, drop_path_rate=0.3, attn_drop_rate=0.1)
-    ours.train(mode in ("train", "checkpointing"))
-    ours.set_grad_checkpointing(mode == "checkpointing")
-    x = images(name, batch=3)
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    results = []
-    for model in (ours, compiled):
-        torch.manual_seed(7)
-        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-            got = logits_and_grads(model, x)
-        results.append({key.removeprefix("_orig_mod."): value for key, value in got.items()})
-    same(results[1], results[0], 2e-2 if mode == "autocast" else ROUNDING)
+    check_one_graph(ours, images(name, batch=3), mode)
 
 
 def test_dynamic_batch_compiles_once():
-    _, ours = pair()
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(ours, backend=counter, fullgraph=True)
-    with torch.no_grad():
-        for batch in (2, 3, 5, 7):
-            x = images(batch=batch)
-            torch._dynamo.mark_dynamic(x, 0)
-            same({"y": compiled(x)}, {"y": ours(x)})
-    assert counter.frame_count == 1
+    check_dynamic_batch(pair()[1], (images(batch=batch) for batch in (2, 3, 5, 7)))
 
 
 def test_every_size_and_number_dynamic():
@@ -73,34 +53,13 @@ def test_every_size_and_number_dynamic():
 
 
 def test_torch_export():
-    _, ours = pair("registers_layer_scale")
-    x = images()
-    program = torch.export.export(ours, (x,))
-    same({"y": program.module()(x)}, {"y": ours(x)})
+    check_export(pair("registers_layer_scale")[1], images())
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "state_dict"])
+@pytest.mark.parametrize("how", COPIES)
 def test_copies(how):
-    _, ours = pair("registers_layer_scale")
-    x, buffer = images(), io.BytesIO()
-    if how == "deepcopy":
-        other = copy.deepcopy(ours)
-    elif how == "pickle":
-        other = pickle.loads(pickle.dumps(ours))
-    elif how == "torch.save":
-        torch.save(ours, buffer)
-        buffer.seek(0)
-        other = torch.load(buffer, weights_only=False)
-    else:
-        _, other = pair("registers_layer_scale")
-        assert not torch.equal(other(x), ours(x))
-        torch.save(ours.state_dict(), buffer)
-        buffer.seek(0)
-        other.load_state_dict(torch.load(buffer), strict=True)
-    assert torch.equal(other(x), ours(x))
-    with torch.no_grad():
-        next(iter(other.parameters())).add_(1)
-    assert not torch.equal(other(x), ours(x))
+    name = "registers_layer_scale"
+    check_copy(pair(name)[1], images(), how, lambda: pair(name)[1])
 
 
 def test_ours_loads_into_timm():
@@ -114,25 +73,11 @@ def test_ours_loads_into_timm():
 
 
 def test_functional_gradients():
-    _, ours = pair()
-    x = images()
-    parameters = dict(ours.named_parameters())
-
-    def loss(values):
-        return torch.func.functional_call(ours, values, (x,)).square().sum()
-
-    functional = torch.func.grad(loss)(parameters)
-    loss(parameters).backward()
-    same(functional, {name: p.grad for name, p in parameters.items()})
+    check_functional_gradients(pair()[1], images())
 
 
 def test_frozen_parameters_get_no_gradient():
-    _, ours = pair("registers_layer_scale")
-    for name, parameter in ours.named_parameters():
-        parameter.requires_grad_("head" in name or "ls2" in name)
-    ours(images()).sum().backward()
-    for name, parameter in ours.named_parameters():
-        assert (parameter.grad is not None) == ("head" in name or "ls2" in name)
+    check_frozen(pair("registers_layer_scale")[1], images(), ("head", "ls2"))
 
 
 # --- timm's methods -------------------------------------------------------------------------------
@@ -151,14 +96,7 @@ def test_frozen_parameters_get_no_gradient():
 )
 @pytest.mark.parametrize("name", ["registers_layer_scale", "dynamic_pad", "siglip"])
 def test_forward_intermediates(name, options):
-    theirs, ours = pair(name)
-    x = images(name)
-    expected = torch.utils._pytree.tree_flatten(theirs.forward_intermediates(x, **options))
-    got = torch.utils._pytree.tree_flatten(ours.forward_intermediates(x, **options))
-    assert got[1] == expected[1]
-    for a, b in zip(got[0], expected[0], strict=True):
-        assert a.shape == b.shape
-        assert (a - b).norm() <= 2e-6 * b.norm()
+    check_intermediates(*pair(name), images(name), options)
 
 
 def test_intermediate_layers_and_pruning():
