@@ -117,7 +117,7 @@ char* AsyncProxy::seen() {
 
 void AsyncProxy::publish_shared() {
   const Unwatched emulator;
-  std::memcpy(seen(), shared_, shared_bytes());
+  copy_with_gaps(seen(), shared_, shared_bytes());
   publish_barriers();
 }
 

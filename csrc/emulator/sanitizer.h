@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 
 #ifdef VK_EMULATOR_TSAN
 extern "C" {
@@ -127,6 +128,17 @@ inline void unpoison(const void* address, size_t size) {
   __asan_unpoison_memory_region(address, size);
 #endif
   (void)address, (void)size;
+}
+
+// A copy of shared memory by the emulator itself, poisoned gaps and all: AddressSanitizer would
+// report a memcpy of them, and the compiler would make one of a loop without `volatile`.
+inline void copy_with_gaps(char* to, const char* from, size_t size) {
+#ifdef VK_EMULATOR_ASAN
+  const volatile char* source = from;
+  for (size_t i = 0; i < size; ++i) to[i] = source[i];
+#else
+  std::memcpy(to, from, size);
+#endif
 }
 
 }  // namespace vitkernels::emulator
