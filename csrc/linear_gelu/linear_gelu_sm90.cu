@@ -116,16 +116,23 @@ VK_DEVICE void stage_results(char* results, const float (&c)[kColumns / 2], int 
     }
 }
 
+// In fp32: four lanes fill a sector.
 VK_DEVICE void store_directly(const ProductArgs& a, const Out& out, const float (&c)[kColumns / 2],
                               int64_t first_row, int first_column, int piece) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp,
             warp = static_cast<int>(threadIdx.x) / kWarp % 4;
+#pragma unroll 1
+  for (int upper = 0; upper < 2; ++upper) {
+    const int64_t row = first_row + warp * 16 + fragment_c_row(lane, 2 * upper);
+    if (row >= a.M) continue;
+    const int column = first_column + fragment_c_column(lane, 0);
+    float* const at = static_cast<float*>(out.data) + (piece * a.M + row) * out.stride + column;
+    const int left = a.N - column;
 #pragma unroll
-  for (int i = 0; i < kColumns / 2; ++i) {
-    const int64_t row = first_row + warp * 16 + fragment_c_row(lane, i % 4);
-    const int column = first_column + i / 4 * 8 + fragment_c_column(lane, i % 4);
-    if (row < a.M && column < a.N)
-      store_scalar(out.data, out.dtype, (piece * a.M + row) * out.stride + column, c[i]);
+    for (int j = 0; j < kColumns / 8; ++j) {
+      if (8 * j < left) at[8 * j] = upper ? c[4 * j + 2] : c[4 * j];
+      if (8 * j + 1 < left) at[8 * j + 1] = upper ? c[4 * j + 3] : c[4 * j + 1];
+    }
   }
 }
 
