@@ -12,6 +12,7 @@
 #include "attention/attention_plan_sm90_backward.h"
 #include "common/cpu_isa.h"
 #include "distillation_loss/distillation_loss_plan.h"
+#include "linear_gelu/linear_gelu_plan.h"
 #include "window_attention/window_attention_plan_simt.h"
 #include "window_attention/window_attention_plan_sm80_large.h"
 #include "window_attention/window_attention_plan_sm90.h"
@@ -87,6 +88,24 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("rows"), py::arg("K"), py::arg("aligned"), py::arg("one_type"),
       "Launch settings of distillation_loss's CUDA kernels.");
+  m.def(
+      "linear_gelu_plan",
+      [](const std::string& path, int64_t M, int64_t N, int64_t K, int multiprocessors) {
+        namespace lg = vitkernels::linear_gelu;
+        const std::map<std::string, lg::Tile> known{
+            {"simt", lg::kSimtTile}, {"sm80", lg::kSm80Tile}, {"sm90", lg::kSm90Tile}};
+        const lg::Tile tile = known.at(path);
+        const auto s = lg::splits(tile, M, N, K, multiprocessors, path == "sm80" ? 2 : 1);
+        const auto g = lg::grad_plan(M, N, multiprocessors);
+        return py::dict("tile"_a = py::make_tuple(tile.m, tile.n, tile.k), "splits"_a = s.count,
+                        "k_per_split"_a = s.k, "small"_a = lg::takes_small(M, N, multiprocessors),
+                        "rows_per_program"_a = g.rows_per_program, "programs"_a = g.programs,
+                        "shared_bytes"_a = path == "sm90"   ? lg::sm90_shared_bytes()
+                                           : path == "sm80" ? lg::sm80_shared_bytes(tile)
+                                                            : 0);
+      },
+      py::arg("path"), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("multiprocessors"),
+      "Launch settings of linear_gelu's CUDA kernels: of a product that may be split, and of dh.");
   m.def(
       "window_attention_simt_plan",
       [](int64_t windows, int heads, int N, int D, int table_rows, int multiprocessors,

@@ -4,8 +4,8 @@
 // A block stays and goes through tiles of 128 x 128 results. One warp brings 64 k of A and B at a
 //   time by TMA into a ring of four stages; two warpgroups take the tiles in turn (ping-pong), 128
 //   x 128 sums in 128 registers each: while one multiplies, the other adds the bias, takes GELU and
-//   sends its results away, so that tensor cores wait for neither. The stages come in the order of
-//   the tiles, so no other order is needed between the warpgroups.
+//   sends its results away, so that tensor cores wait for neither. One begins when the other has
+//   seen all its stages: who waits for a stage's next phase must know that the one before is over.
 // Results in the products' dtype go through the warpgroup's own shared memory, swizzled, and out by
 //   TMA, which cuts them at M and N; partial sums and fp32 go straight to global memory.
 // Tiles go down eight rows of tiles before they go right: eight tiles of A and what the machine has
@@ -187,6 +187,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       ring.i += steps;
       continue;
     }
+    if (item != static_cast<int>(blockIdx.x)) barrier_sync(3 + group, kGroups * kGroupThreads);
     float c[2][kColumns / 2];
     for (int step = 0; step < steps; ++step, ++ring.i) {
       mbarrier_wait(ring.full + ring.slot(), ring.phase());
@@ -206,6 +207,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (lane == 0) mbarrier_arrive(ring.empty + (ring.i - 1) % kStages);
       }
     }
+    if (item + static_cast<int>(gridDim.x) < work.tiles)  // the other's turn
+      barrier_arrive(3 + (group ^ 1), kGroups * kGroupThreads);
     wgmma_wait<0>(c[0]);
     pin_registers(c[1]);
     if (lane == 0) mbarrier_arrive(ring.empty + (ring.i - 1) % kStages);
