@@ -3,8 +3,9 @@
 //
 // product: a block has 128 x 128 results, a thread 8 x 8 of them in four quarters; 16 k at a time
 //   come through registers into shared memory, [k][m] and [k][n], while the 16 before are
-//   multiplied: 64 FMA for each four 16-byte loads of shared memory. fp32 at 60 TFLOP/s: ViT-B's
-//   fc1 (50,432 x 768 x 3072) is 238 GFLOP, 4 ms; it is for fp32, which tensor cores would round.
+//   multiplied: 64 FMA for each four 16-byte loads of shared memory, sums of 64 k added up. fp32 at
+//   60 TFLOP/s: ViT-B's fc1 (50,432 x 768 x 3072) is 238 GFLOP, 4 ms; it is for fp32, which tensor
+//   cores would round.
 // grad: a block has 256 columns of a run of rows, a warp a row at a time, a lane eight columns;
 //   dy, h in, dh out: 6 bytes an element in 16 bits, 216 us for that fc1 at 4.3 TB/s.
 // Nothing is added by atomics; partial sums are added in their order.
@@ -18,6 +19,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kPitch = kSimtTile.m + 4;  // floats; 16-byte lines, k's in other banks
+constexpr int kRun = 64;
 constexpr int kEach = kSimtTile.m * kSimtTile.k / kThreads;
 
 // This thread's eight elements of 16 k of one operand: where, and their values.
@@ -64,7 +66,9 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
   const Loader<B_MAJOR> load_b{a.b, a.dtype, first_column, a.N, last_k};
   const int x = static_cast<int>(threadIdx.x) % 16 * 4, y = static_cast<int>(threadIdx.x) / 16 * 4;
 
-  float sums[8][8] = {};
+  // Sums of kRun k's are added to the total: one chain over all k would err like their number.
+  float total[8][8] = {}, sums[8][8] = {};
+  int run = 0;
   float next_a[kEach], next_b[kEach];
   load_a.load(first_k, next_a);
   load_b.load(first_k, next_b);
@@ -89,6 +93,14 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
 #pragma unroll
         for (int j = 0; j < 8; ++j) sums[i][j] = fmaf(va[i], vb[j], sums[i][j]);
     }
+    run += kSimtTile.k;
+    if (run == kRun || from + kSimtTile.k >= last_k) {
+      run = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) total[i][j] += sums[i][j], sums[i][j] = 0.0f;
+    }
     __syncthreads();
   }
 
@@ -101,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
     for (int j = 0; j < 8; ++j) {
       const int64_t column = first_column + j / 4 * 64 + x + j % 4;
       if (column >= a.N) continue;
-      float v[1] = {sums[i][j] + bias_at(a, static_cast<int>(column))};
+      float v[1] = {total[i][j] + bias_at(a, static_cast<int>(column))};
       if (a.h.data != nullptr) store_scalar(a.h.data, a.h.dtype, row * a.h.stride + column, v[0]);
       if (a.y.data == nullptr) continue;
       activate(v, a.activation);
