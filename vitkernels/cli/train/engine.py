@@ -304,10 +304,11 @@ class Trainer:
         self.scaler.load_state_dict(found["scaler"])
         self.at = Place(**found["place"])
         states = found["random"]
-        if self.world.rank < len(states):
-            set_random_state(states[self.world.rank])
+        rank = self.world.data(self.o.parallel)[0]  # split heads must draw the same DropPath
+        if rank < len(states):
+            set_random_state(states[rank])
         else:
-            seed_everything(self.o.seed + self.world.rank + 1000 * (self.at.epoch + 1))
+            seed_everything(self.o.seed + rank + 1000 * (self.at.epoch + 1))
         if self.world.first:
             self.journal.rows[:] = found["rows"]
             self.console.print(f"  going on after {last.name}")
