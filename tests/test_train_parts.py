@@ -13,8 +13,8 @@ from torch import nn
 from vitkernels import FusedSwin, FusedViT
 from vitkernels.cli.train import options, recipe, study
 from vitkernels.cli.train.data import InOrder, Shuffled, loader, open_digits, random_box
-from vitkernels.cli.train.options import Options
 from vitkernels.cli.train.heads import packed, packed_order, unpacked
+from vitkernels.cli.train.options import Options
 from vitkernels.cli.train.parallel import clip_gradients
 from vitkernels.cli.usage import UsageError
 

@@ -41,5 +41,5 @@ def plain(*tensors: Tensor | None) -> bool:
 
 
 def own_part(tensor):
-    """Of a DTensor what this process holds, whose gradient goes back into it; others as they are."""
+    """What this process holds of a DTensor, with gradients; other tensors as they are."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,5 +1,5 @@
-"""Tensor parallelism: each process computes heads / processes heads of every attention, and as large
-a part of every MLP's hidden units.
+"""Tensor parallelism: a process computes heads / processes heads of every attention, and as large a
+part of every MLP's hidden units.
 
 The packed rows of qkv are [all q | all k | all v]; sharding them in equal parts must give each
 process its heads of all three, so they are permuted to [q k v of process 0 | q k v of process 1 |
