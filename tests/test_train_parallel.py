@@ -75,9 +75,7 @@ def worker(rank: int, root: str, port: int) -> None:
         with pytest.raises(UsageError, match="3 heads, which 2 processes cannot"):
             go(options(f"{root}/odd", "tp", RANKS, **more), world)
         more = {"model": SPLIT["swin"][0], "model_kwargs": {**SWIN, "num_heads": (2, 1)}}
-        with pytest.raises(
-            UsageError, match=r"layers\.1\.blocks\.0 has 1 heads, which 2"
-        ):
+        with pytest.raises(UsageError, match=r"layers\.1\.blocks\.0 has 1 heads, which 2"):
             go(options(f"{root}/odd-swin", "tp", RANKS, **more), world)
 
 

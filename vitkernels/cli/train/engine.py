@@ -93,7 +93,8 @@ class Trainer:
 
     def fit(self) -> dict:
         """Trains to the end; the last row of the log, for the first process."""
-        with Interrupt() as self.interrupt:
+        closed = contextlib.closing(self.journal) if self.world.first else contextlib.nullcontext()
+        with Interrupt() as self.interrupt, closed:
             while self.at.epoch < self.o.epochs:
                 self._epoch()
                 self._end_epoch(self._row(*self._test()))
