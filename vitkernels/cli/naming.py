@@ -134,5 +134,5 @@ def _skeleton(name: str, **settings) -> nn.Module:
     check_name(name)
     family = plain_family(name)
     if family is not None:
-        return _named(family, name, weight_init="skip", device="meta", **settings)
+        return _named(family, name, **settings | {"weight_init": "skip", "device": "meta"})
     return make_model(name, **settings)

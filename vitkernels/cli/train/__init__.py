@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -75,14 +76,15 @@ def train(o: Options, world, device, console, resuming: bool = False, teacher=No
     data, model, config = prepare(o)
     folder = Path(o.out)
     console.print(
-        f"{config['architecture']}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M "
-        f"parameters; {len(data.train)} images of {len(data.classes)} classes, "
-        f"{len(data.held_out)} held out; {device}"
+        f"{config['architecture']}: {_amount(model)} parameters; {len(data.train)} images of "
+        f"{len(data.classes)} classes, {len(data.held_out)} held out; {device}"
         + (f", {world.size} processes ({o.parallel})" if world.size > 1 else "")
     )
     if teacher is None and o.teacher is not None:
         teacher = _first_alone(world, lambda: make_teacher(o, data, device, console, folder))
     trainer = Trainer(o, data, model, config, world, device, console, teacher)
+    batch = o.batch * o.accumulate * world.data(o.parallel)[1]
+    console.print(f"  {o.epochs} epochs of {trainer.steps} steps, {batch} images each")
     if resuming:
         trainer.resume()
     last = trainer.fit()
@@ -92,6 +94,11 @@ def train(o: Options, world, device, console, resuming: bool = False, teacher=No
             f"vitkernels predict IMAGE --weights {folder}"
         )
     return {**last, "best_accuracy": trainer.at.best[0]} if last else {}
+
+
+def _amount(model) -> str:
+    number = sum(p.numel() for p in model.parameters())
+    return f"{number / 1e6:.2f} M" if number >= 1e5 else f"{number:,}"
 
 
 def _first_alone(world, make):
@@ -177,13 +184,10 @@ def prepare(o: Options):
     if not digits:
         for part in (data.train, data.held_out):
             part.how = dataclasses.replace(part.how, size=size, mean=data.mean, std=data.std)
-    apart = ("num_classes", "drop_path_rate", "mean", "std")
-    saved = {key: value for key, value in settings.items() if key not in apart}
     config = {
-        "architecture": name,
+        **_identity(o, name, model, settings),
         "num_classes": len(data.classes),
         "label_names": data.classes,
-        "model_args": saved,
         "pretrained_cfg": {
             "input_size": [data.in_chans, *size],
             "mean": list(data.mean),
@@ -194,6 +198,22 @@ def prepare(o: Options):
         },
     }
     return data, model.train(), config
+
+
+def _identity(o: Options, name: str, model, settings: dict) -> dict:
+    """The architecture and all of its arguments that neither the name nor the weights tell."""
+    from ..families import family_of
+
+    beside = None if o.weights is None else Path(o.weights) / "config.json"
+    before = json.loads(beside.read_text()) if beside is not None and beside.is_file() else {}
+    if o.model is None and o.weights is not None:
+        name = before.get("architecture", type(model).__name__)
+    apart = ("num_classes", "drop_path_rate", "weight_init", "mean", "std")
+    told = before.get("model_args", {}) | settings | family_of(model).saved(model)
+    return {
+        "architecture": name,
+        "model_args": {key: value for key, value in told.items() if key not in apart},
+    }
 
 
 def naming_default() -> str:

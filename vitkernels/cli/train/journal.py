@@ -91,11 +91,13 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
     left.legend(frameon=False)
     accuracies = [100 * row["val_accuracy"] for row in rows]
     right.plot(epochs, accuracies, color=orange, lw=1.8, marker=marker)
-    right.set(title="Held-out accuracy", xlabel="epoch", ylabel="%", ylim=(0, 102))
-    best = max(range(len(rows)), key=lambda i: accuracies[i])
+    right.set(title="Held-out accuracy", xlabel="epoch", ylabel="%", ylim=(0, 108))
+    best = max(range(len(rows)), key=lambda i: (accuracies[i], -rows[i]["val_loss"]))
+    right.plot(epochs[best], accuracies[best], "o", color=orange)
+    late = len(rows) > 1 and best > len(rows) // 2  # the words then end at the point
     right.annotate(
-        f"best {accuracies[best]:.2f}%", (epochs[best], accuracies[best]), (0, -14),
-        ha="right", textcoords="offset points", color=orange,
+        f"best {accuracies[best]:.2f}%", (epochs[best], accuracies[best]), (0, 7),
+        ha="right" if late else "left", textcoords="offset points", color=orange,
     )  # fmt: skip
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
