@@ -14,7 +14,8 @@ from cli_material import gradient, run
 from safetensors.torch import load_file
 
 from vitkernels import FusedViT
-from vitkernels.cli.train import checkpoint
+from vitkernels.cli.train import checkpoint, study
+from vitkernels.cli.train.engine import Stopped
 
 TINY = (
     "--data", "digits", "--model", "vit_tiny_patch4_8", "--model-kwargs", "embed_dim=16", "depth=1",
@@ -325,6 +326,28 @@ def test_a_study_trains_teacher_and_students_and_reports(tmp_path, capsys):
         assert any(not torch.equal(loads[0][k], loads[1][k]) for k in loads[0])
     assert report["teacher"]["accuracy"] > 0.25
     assert "over all seeds" in said and "over all seeds" in (out / "report.md").read_text()
+
+
+def test_an_interrupted_study_goes_on(tmp_path, capsys, monkeypatch):
+    out, real, calls = tmp_path / "study", study.train, []
+
+    def stopped(o, *rest):
+        calls.append(o.out)
+        if len(calls) == 2:
+            raise Stopped(f"interrupted: go on with vitkernels train --resume {o.out}")
+        return real(o, *rest)
+
+    monkeypatch.setattr(study, "train", stopped)
+    arguments = (*TINY, "--epochs", "1", "--teacher", "cnn", "--teacher-epochs", "1")
+    status, _, err = train(capsys, *arguments, "--compare-seeds", "1", "--out", out)
+    assert status == 130 and err == (
+        f"vitkernels: interrupted: go on with vitkernels train --resume {out}\n"
+    )
+    first = weights(out / "seed-0-alone")
+    monkeypatch.undo()
+    status, said, err = train(capsys, "--resume", out)
+    assert status == 0 and "over all seeds" in said, err
+    assert all(torch.equal(first[k], v) for k, v in weights(out / "seed-0-alone").items())
 
 
 @pytest.mark.parametrize("student", ["deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"])

@@ -12,10 +12,13 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from vitkernels.cli.train import train
 from vitkernels.cli.train.options import Options
-from vitkernels.cli.train.parallel import World, joined
+from vitkernels.cli.train.parallel import Scaler, World, joined
 from vitkernels.cli.usage import UsageError
 
 RANKS = 2
@@ -71,12 +74,32 @@ def worker(rank: int, root: str, port: int) -> None:
         for family in SPLIT:
             go(of_family(family, f"{root}/{family}-tp", "tp", RANKS), world)
             go(of_family(family, f"{root}/{family}-from-one", "tp", RANKS), world, resuming=True)
+        check_scaler(rank)
         more = {"model_kwargs": {"embed_dim": 18, "depth": 1, "num_heads": 3}}
         with pytest.raises(UsageError, match="3 heads, which 2 processes cannot"):
             go(options(f"{root}/odd", "tp", RANKS, **more), world)
         more = {"model": SPLIT["swin"][0], "model_kwargs": {**SWIN, "num_heads": (2, 1)}}
         with pytest.raises(UsageError, match=r"layers\.1\.blocks\.0 has 1 heads, which 2"):
             go(options(f"{root}/odd-swin", "tp", RANKS, **more), world)
+
+
+def check_scaler(rank: int) -> None:
+    """An infinity in one process's part: all skip the step, and none the next."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    split = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    whole = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([split, whole], lr=0.5)
+    scaler = Scaler("cpu", init_scale=4.0)
+    for worst, expected in ((torch.inf, 1.0), (1.0, 0.5)):
+        factors = distribute_tensor(torch.tensor([worst, 1.0, 1.0, 1.0]), mesh, [Shard(0)])
+        loss = (split * factors).to_local().sum() + whole.sum()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(split.full_tensor(), torch.full((4,), expected)), rank
+        assert torch.equal(whole, torch.full((2,), expected)), rank
 
 
 @pytest.fixture(scope="module")

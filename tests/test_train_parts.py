@@ -11,11 +11,12 @@ from timm_stub import timm
 from torch import nn
 
 from vitkernels import FusedSwin, FusedViT
+from vitkernels.cli import train
 from vitkernels.cli.train import options, recipe, study
 from vitkernels.cli.train.data import InOrder, Shuffled, loader, open_digits, random_box
 from vitkernels.cli.train.heads import packed, packed_order, unpacked
 from vitkernels.cli.train.options import Options
-from vitkernels.cli.train.parallel import clip_gradients
+from vitkernels.cli.train.parallel import World, clip_gradients
 from vitkernels.cli.usage import UsageError
 
 needs_timm = pytest.mark.skipif(timm is None, reason="timm is not installed")
@@ -192,7 +193,7 @@ def test_every_option_has_an_argument_and_a_default():
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     options.configure(parser)
     known = {action.dest for action in parser._actions} - {"help", "resume"}
-    assert known == {field.name for field in dataclasses.fields(Options)}
+    assert known == {field.name for field in dataclasses.fields(Options)} - {"processes"}
     assert vars(parser.parse_args([])) == {}
 
 
@@ -203,6 +204,17 @@ def test_options_survive_the_disk(tmp_path):
     (tmp_path / options.FILE).write_text("{")
     with pytest.raises(UsageError, match="cannot be understood"):
         Options.load(tmp_path)
+
+
+def test_a_step_keeps_its_images_when_the_number_of_processes_changes():
+    began = train._began(Options(batch=12, parallel="fsdp"), World(0, 2))
+    for parallel, size, batch in (("ddp", 1, 24), ("ddp", 4, 6), ("fsdp", 3, 8), ("tp", 4, 24)):
+        o = dataclasses.replace(began, parallel=parallel)
+        assert train._shared(o, World(0, size)).batch == batch
+    with pytest.raises(UsageError, match="5 processes cannot share the 24 images of a step"):
+        train._shared(began, World(0, 5))
+    with pytest.raises(UsageError, match="--compare-seeds takes one process"):
+        train._began(Options(compare_seeds=2), World(0, 2))
 
 
 def test_the_study_says_what_it_found():

@@ -7,12 +7,17 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
+import re
 import sys
+import time
 from pathlib import Path
 
 from ..usage import UsageError, device_of, need, threads
 from . import options as arguments
 from .options import DIGITS_MODEL, DIGITS_SIZES, Options
+
+SECONDS_FOR_THE_FIRST = 3.0
 
 
 def configure(commands) -> None:
@@ -30,6 +35,21 @@ def configure(commands) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
+    rank = int(os.environ.get("RANK", "0"))  # torchrun's
+    try:
+        return _run(given)
+    except UsageError:
+        if rank:  # when the first process says the same, torchrun ends this one meanwhile
+            time.sleep(SECONDS_FOR_THE_FIRST)
+        raise
+    except RuntimeError as error:
+        if not re.search(r"[Cc]onnection (closed|reset)|NCCL", str(error)):
+            raise
+        print(f"vitkernels: process {rank} ends because another one did", file=sys.stderr)
+        return 1
+
+
+def _run(given: argparse.Namespace) -> int:
     need("train", "cli", "numpy", "PIL", "rich", "matplotlib")
     need("train", "checkpoints", "safetensors")
     from rich.console import Console
@@ -49,6 +69,7 @@ def run(given: argparse.Namespace) -> int:
     with threads(o.threads), joined(device) as world:
         out = console() if world.first else Console(file=io.StringIO())
         try:
+            o = _shared(o, world) if resuming else _began(o, world)
             if world.first and not resuming:
                 _make_folder(o)
             if o.compare_seeds is not None:
@@ -99,6 +120,23 @@ def train(o: Options, world, device, console, resuming: bool = False, teacher=No
 def _amount(model) -> str:
     number = sum(p.numel() for p in model.parameters())
     return f"{number / 1e6:.2f} M" if number >= 1e5 else f"{number:,}"
+
+
+def _began(o: Options, world) -> Options:
+    if o.compare_seeds is not None and world.size > 1:
+        raise UsageError("--compare-seeds takes one process: start it without torchrun")
+    return dataclasses.replace(o, processes=world.data(o.parallel)[1])
+
+
+def _shared(o: Options, world) -> Options:
+    """As many images in each step as the run began with, whoever goes on with it."""
+    images, processes = o.batch * o.processes, world.data(o.parallel)[1]
+    if images % processes:
+        raise UsageError(
+            f"--resume: {processes} processes cannot share the {images} images of a step evenly: "
+            "use a number of processes that divides them"
+        )
+    return dataclasses.replace(o, batch=images // processes, processes=processes)
 
 
 def _first_alone(world, make):

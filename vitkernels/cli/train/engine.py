@@ -21,7 +21,7 @@ from .data import Batch, Data, InOrder, Shuffled, loader
 from .interrupt import Interrupt
 from .journal import Journal
 from .options import Options
-from .parallel import World, clip_gradients, give_back, spread
+from .parallel import Scaler, World, clip_gradients, give_back, spread
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LOSSES_UNREAD = 10  # on a GPU, where reading one waits for the device
@@ -81,7 +81,9 @@ class Trainer:
         sharded = world.size > 1 and o.parallel != "ddp"
         self.optimizer = recipe.make_optimizer(self.model, o, sharded)
         self.schedule = recipe.make_schedule(self.optimizer, o, self.steps)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=o.amp == "fp16")
+        split = world.size > 1 and o.parallel == "tp"
+        make_scaler = Scaler if split else torch.amp.GradScaler
+        self.scaler = make_scaler(device.type, enabled=o.amp == "fp16")
         self.average = None if o.ema is None else recipe.Average(self.model, o.ema)
         mean, std = self.model.patch_embed.mean, self.model.patch_embed.std
         self.mixing = recipe.Mixing(o, len(data.classes), mean, std)

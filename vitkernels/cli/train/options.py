@@ -74,6 +74,8 @@ class Options:
     temperature: float = 1.0
     compare_seeds: int | None = None
 
+    processes: int = 1  # with which the run began, each with `batch` images: no argument
+
     def save(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 

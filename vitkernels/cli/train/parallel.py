@@ -8,10 +8,13 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ...nn.watched import own_part
 
 BLOCKS = ("Block", "ResPostBlock", "SwinBlock", "SwinV2Block", "EncoderBlock")
 
@@ -106,7 +109,7 @@ def clip_gradients(parameters, most: float) -> Tensor:
         if p.grad is None:
             continue
         sharded = isinstance(p.grad, DTensor) and any(s.is_shard() for s in p.grad.placements)
-        local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+        local = own_part(p.grad)
         locals_.append(local)
         parts[sharded].append(local.detach().float().square().sum())
     if not locals_:
@@ -120,3 +123,23 @@ def clip_gradients(parameters, most: float) -> Tensor:
     for local in locals_:
         local.mul_(factor.to(local.dtype))
     return norm
+
+
+class Scaler(torch.amp.GradScaler):
+    """Also for gradients of which some are split over the processes and some are not: torch's takes
+    no mixture, and all processes must skip the same steps."""
+
+    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
+        grads = (p.grad for group in optimizer.param_groups for p in group["params"])
+        mine = (own_part(grad) for grad in grads if grad is not None)
+        parts = SimpleNamespace(param_groups=[{"params": [_with_grad(g) for g in mine]}])
+        found = super()._unscale_grads_(parts, inv_scale, found_inf, allow_fp16)
+        for value in found.values():
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return found
+
+
+def _with_grad(grad: Tensor) -> Tensor:
+    holder = grad.detach()
+    holder.grad = grad
+    return holder
