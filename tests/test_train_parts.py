@@ -93,7 +93,7 @@ def test_mixing_normalises_and_mixes():
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     np.random.seed(0)
     mixed, targets = recipe.Mixing(o, 4, mean, std)(images, torch.tensor([0, 1, 2, 3, 0]))
-    assert mixed.shape[0] == 4 and torch.allclose(targets.sum(1), torch.ones(4))
+    assert mixed.shape[0] == 6 and torch.allclose(targets.sum(1), torch.ones(4))
     x = (images[:4].double() / 255 - mean[:, None, None]) / std[:, None, None]
     share = ((mixed[0].double() - x[3]) / (x[0] - x[3])).nanmedian()  # image 0 with image 3
     torch.testing.assert_close(

@@ -5,19 +5,14 @@ import shutil
 import sys
 
 import pytest
-from cli_material import run
+from train_material import TINY, train
 
 from vitkernels.cli import usage
 from vitkernels.cli.train import journal
 
-TINY = (
-    "--data", "digits", "--model", "vit_tiny_patch4_8", "--model-kwargs", "embed_dim=16", "depth=1",
-    "num_heads=2", "--batch", "256", "--warmup-epochs", "0", "--workers", "0", "--threads", "1",
-)  # fmt: skip
 
-
-def train(capsys, *arguments) -> str:
-    status, said, err = run(capsys, "train", *arguments)
+def trained(capsys, *arguments) -> str:
+    status, said, err = train(capsys, *arguments)
     assert status == 0, err
     return said
 
@@ -37,24 +32,24 @@ def check_events(out) -> None:
 @pytest.mark.skipif(not usage.installed("tensorboard"), reason="tensorboard is not installed")
 def test_events_are_the_log_also_after_a_lost_epoch(tmp_path, capsys):
     out = tmp_path / "run"
-    train(capsys, *TINY, "--epochs", "3", "--out", out)
+    trained(capsys, *TINY, "--epochs", "3", "--out", out)
     check_events(out)
     shutil.rmtree(out / "checkpoints" / "epoch-0003")  # a kill before it was complete
     (out / "last.json").write_text(json.dumps({"checkpoint": "checkpoints/epoch-0002"}))
-    train(capsys, "--resume", out)
+    trained(capsys, "--resume", out)
     check_events(out)
 
 
 def test_without_tensorboard_nothing_is_missed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(journal, "installed", lambda module: module != "tensorboard")
-    said = train(capsys, *TINY, "--epochs", "1", "--out", tmp_path / "run")
+    said = trained(capsys, *TINY, "--epochs", "1", "--out", tmp_path / "run")
     assert not (tmp_path / "run" / "tensorboard").exists() and "TensorBoard" not in said
 
 
 def test_a_tensorboard_that_cannot_be_imported_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(journal, "installed", lambda module: True)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    said = train(capsys, *TINY, "--epochs", "1", "--out", tmp_path / "run")
+    said = trained(capsys, *TINY, "--epochs", "1", "--out", tmp_path / "run")
     assert [line for line in said.splitlines() if "TensorBoard" in line] == [
         "  no events for TensorBoard, which cannot be imported: "
         "import of torch.utils.tensorboard halted; None in sys.modules"

@@ -18,6 +18,8 @@ from . import options as arguments
 from .options import DIGITS_MODEL, DIGITS_SIZES, Options
 
 SECONDS_FOR_THE_FIRST = 3.0
+# All that a run leaves which did not come to its first checkpoint: there is nothing to go on with.
+BEFORE_A_CHECKPOINT = {arguments.FILE, "teacher.pt"}
 
 
 def configure(commands) -> None:
@@ -105,7 +107,9 @@ def train(o: Options, world, device, console, resuming: bool = False, teacher=No
         teacher = _first_alone(world, lambda: make_teacher(o, data, device, console, folder))
     trainer = Trainer(o, data, model, config, world, device, console, teacher)
     batch = o.batch * o.accumulate * world.data(o.parallel)[1]
-    console.print(f"  {o.epochs} epochs of {trainer.steps} steps, {batch} images each")
+    console.print(
+        f"  {_count(o.epochs, 'epoch')} of {_count(trainer.steps, 'step')}, {batch} images each"
+    )
     if resuming:
         trainer.resume()
     last = trainer.fit()
@@ -120,6 +124,10 @@ def train(o: Options, world, device, console, resuming: bool = False, teacher=No
 def _amount(model) -> str:
     number = sum(p.numel() for p in model.parameters())
     return f"{number / 1e6:.2f} M" if number >= 1e5 else f"{number:,}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _began(o: Options, world) -> Options:
@@ -152,19 +160,29 @@ def _first_alone(world, make):
 
 def _make_folder(o: Options) -> None:
     folder = Path(o.out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out: {folder} is a file: name a new folder")
+    left = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if left and not (arguments.FILE in left and left <= BEFORE_A_CHECKPOINT):
         how = (
             f"go on with it by --resume {folder}, or " if (folder / arguments.FILE).exists() else ""
         )
         raise UsageError(f"--out: {folder} is not empty: {how}name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    o.save(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in left:
+            (folder / name).unlink()
+        o.save(folder)
+    except OSError as error:
+        raise UsageError(f"--out: cannot write in {folder}: {error.strerror}") from error
 
 
 def _remove_unused(folder: Path) -> None:
     """A run that was refused leaves nothing behind."""
-    if folder.is_dir() and [path.name for path in folder.iterdir()] == [arguments.FILE]:
-        (folder / arguments.FILE).unlink()
+    left = list(folder.iterdir()) if folder.is_dir() else []
+    if left and {path.name for path in left} <= BEFORE_A_CHECKPOINT:
+        for path in left:
+            path.unlink()
         with contextlib.suppress(OSError):
             folder.rmdir()
 
@@ -216,7 +234,10 @@ def prepare(o: Options):
         torch.nn.init.normal_(model.pos_embed, std=0.5)
     embed = model.patch_embed
     mean, std = o.mean or (data.mean if digits else None), o.std or (data.std if digits else None)
-    embed.set_normalization(mean, std)
+    try:
+        embed.set_normalization(_each(mean, data.in_chans), _each(std, data.in_chans))
+    except ValueError as error:
+        raise UsageError(f"--mean, --std: {str(error).removeprefix('PatchEmbed: ')}") from error
     data.mean, data.std = tuple(embed.mean.tolist()), tuple(embed.std.tolist())
     size = embed.img_size
     if not digits:
@@ -236,6 +257,11 @@ def prepare(o: Options):
         },
     }
     return data, model.train(), config
+
+
+def _each(values, in_chans: int):
+    """One number stands for all channels."""
+    return values * in_chans if values is not None and len(values) == 1 else values
 
 
 def _identity(o: Options, name: str, model, settings: dict) -> dict:

@@ -138,6 +138,6 @@ class Mixing:
         x = (images.float() / 255 - self.mean[:, None, None]) / self.std[:, None, None]
         if self.mixup is not None:
             if len(x) % 2:  # timm mixes pairs
-                x, targets = x[:-1], targets[:-1]
+                x, targets = torch.cat((x, x[:1])), torch.cat((targets, targets[:1]))
             x, targets = self.mixup(x, targets)
         return (x if self.erase is None else self.erase(x)), targets
