@@ -92,10 +92,11 @@ def test_mixing_normalises_and_mixes():
     mean, std = torch.tensor([0.2, 0.4, 0.5]), torch.tensor([0.1, 0.3, 0.2])
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     np.random.seed(0)
-    mixed, targets = recipe.Mixing(o, 4, mean, std)(images, torch.tensor([0, 1, 2, 3, 0]))
-    assert mixed.shape[0] == 6 and torch.allclose(targets.sum(1), torch.ones(4))
-    x = (images[:4].double() / 255 - mean[:, None, None]) / std[:, None, None]
-    share = ((mixed[0].double() - x[3]) / (x[0] - x[3])).nanmedian()  # image 0 with image 3
+    mixed, targets = recipe.Mixing(o, 4, mean, std)(images, torch.tensor([0, 1, 2, 3, 1]))
+    assert mixed.shape[0] == 6 and torch.allclose(targets.sum(1), torch.ones(6))
+    images = torch.cat((images, images[2:3]))  # a pair for the odd one
+    x = (images.double() / 255 - mean[:, None, None]) / std[:, None, None]
+    share = ((mixed[0].double() - x[5]) / (x[0] - x[5])).nanmedian()  # image 0 with the last
     torch.testing.assert_close(
         mixed.double(), share * x + (1 - share) * x.flip(0), rtol=1e-5, atol=1e-5
     )
