@@ -13,7 +13,7 @@ from torch import nn
 from vitkernels import FusedSwin, FusedViT
 from vitkernels.cli import train
 from vitkernels.cli.train import options, recipe, study
-from vitkernels.cli.train.data import InOrder, Shuffled, loader, open_digits, random_box
+from vitkernels.cli.train.data import Bad, InOrder, Shuffled, loader, open_digits, random_box
 from vitkernels.cli.train.heads import packed, packed_order, unpacked
 from vitkernels.cli.train.options import Options
 from vitkernels.cli.train.parallel import World, clip_gradients
@@ -131,6 +131,25 @@ def test_a_test_sees_every_image_once_in_as_many_batches(length, batch, world):
     assert len({len(part) for part in parts}) == 1
     seen = [i for part in parts for rows in part for _, i in rows if i >= 0]
     assert sorted(seen) == list(range(length))
+
+
+def test_what_fills_a_test_batch_is_readable():
+    good = (torch.zeros(1, 2, 2, dtype=torch.uint8), 3)
+    for base, targets, bad in (([Bad("broken"), good], [-1], 0), ([Bad("broken")], [], 1)):
+        feed = loader(Rows(base), InOrder(1, 4, rank=1, world=2), 0, False)
+        (batch,) = feed
+        assert batch.targets.tolist() == targets and len(batch.bad) == bad
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        return self.rows[key[1]]
 
 
 def test_digits_are_the_same_for_any_epoch_order():

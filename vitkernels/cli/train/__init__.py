@@ -37,13 +37,16 @@ def configure(commands) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    rank = int(os.environ.get("RANK", "0"))  # torchrun's
+    from .data import Unreadable
+
+    rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))  # torchrun's
     try:
         return _run(given)
-    except UsageError:
-        if rank:  # when the first process says the same, torchrun ends this one meanwhile
-            time.sleep(SECONDS_FOR_THE_FIRST)
-        raise
+    except UsageError as error:
+        if local == 0 or isinstance(error, Unreadable):
+            raise
+        time.sleep(SECONDS_FOR_THE_FIRST)  # in which the first of this machine says it
+        return 2
     except RuntimeError as error:
         if not re.search(r"[Cc]onnection (closed|reset)|NCCL", str(error)):
             raise

@@ -17,7 +17,7 @@ from ..progress import bar
 from ..usage import UsageError
 from . import recipe, state
 from .checkpoint import Store, random_state, seed_everything, set_random_state
-from .data import Batch, Data, InOrder, Shuffled, loader
+from .data import Batch, Data, InOrder, Shuffled, Unreadable, loader
 from .interrupt import Interrupt
 from .journal import Journal
 from .options import Options
@@ -124,6 +124,7 @@ class Trainer:
     def _step(self, batches: list[Batch]) -> float | None:
         """One update from several batches; the loss where it has been read."""
         total = None
+        self.at.bad += sum(len(batch.bad) for batch in batches)
         batches = [batch for batch in batches if self._usable(batch)]
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
@@ -149,11 +150,11 @@ class Trainer:
         return None if self.unread else self.last_loss
 
     def _usable(self, batch: Batch) -> bool:
+        """Whether it holds images. Bad ones are counted, or stop the run."""
         if batch.bad and not self.o.skip_bad:
-            raise UsageError(f"{batch.bad[0]}; or leave such images out with --skip-bad")
-        self.at.bad += len(batch.bad)
-        if len(batch.targets) == 0 and self.world.size > 1:
-            raise UsageError(f"no image of a whole batch could be read: {batch.bad[0]}")
+            raise Unreadable(f"{batch.bad[0]}; or leave such images out with --skip-bad")
+        if len(batch.targets) == 0 and self.world.size > 1:  # the others would wait for it
+            raise Unreadable(f"no image of a whole batch could be read: {batch.bad[0]}")
         return len(batch.targets) > 0
 
     def _together(self, last: bool):
@@ -187,9 +188,10 @@ class Trainer:
         """Adds up what has been computed; stops at the first that is not a number."""
         for step, loss in self.unread:
             self.last_loss = loss.item()
-            if not math.isfinite(self.last_loss):
+            if self.world.any(not math.isfinite(self.last_loss), self.device):
+                loss_of_all = self.world.total(loss.double()).item()
                 raise Stopped(
-                    f"the loss is {self.last_loss} at step {step + 1} of epoch "
+                    f"the loss is {loss_of_all} at step {step + 1} of epoch "
                     f"{self.at.epoch + 1}: lower --lr or raise --warmup-epochs; "
                     f"{self.store.last_good()}"
                 )
@@ -207,10 +209,8 @@ class Trainer:
         averaged = contextlib.nullcontext() if self.average is None else self.average.applied()
         with averaged:
             for batch in self.test_feed:
-                if batch.bad and not self.o.skip_bad:
-                    raise UsageError(f"{batch.bad[0]}; or leave such images out with --skip-bad")
                 sums[3] += len(batch.bad)
-                if len(batch.targets) == 0:
+                if not self._usable(batch):
                     continue
                 with self._autocast():
                     logits = self.runner(batch.images.to(self.device)).float()
@@ -225,7 +225,7 @@ class Trainer:
             self.world.total(sums)
         loss, right, seen, bad = sums.tolist()
         if seen == 0:
-            raise UsageError("none of the held-out images could be read")
+            raise Unreadable("none of the held-out images could be read")
         return loss / seen, right / seen, int(bad)
 
     def _row(self, loss: float, accuracy: float, bad: int) -> dict:
