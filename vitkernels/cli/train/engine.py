@@ -60,9 +60,9 @@ class Trainer:
             model.set_grad_checkpointing(True)
         if teacher is not None and hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)
+        if o.compile:  # what DDP does around it stays as it is
+            self.model.compile()
         self.runner = spread(self.model, o.parallel, world, device)
-        if o.compile:
-            self.runner = torch.compile(self.runner)
         self.layout = state.Layout(self.model, o.parallel, world)
 
         rank, size = world.data(o.parallel)
