@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch.autograd import forward_ad
 
-from . import _native, _regimes
+from . import _native, _regimes, _sharding
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_BACKENDS = (
@@ -53,10 +53,12 @@ def declare(
 
     schema: everything after the name, e.g. "(Tensor x) -> Tensor". The `_triton` module beside
     the reference's is imported at the first call of the Triton overload (importing triton costs 150
-    ms). C++ registers its own overloads when its library is loaded. regime: (operator, sizes,
+    ms), the `_sharding` module at the first call with DTensors. C++ registers its own overloads
+    when its library is loaded. regime: (operator, sizes,
     variant) of the raw arguments, as the public function hands them to `choose`.
     """
-    triton = _lazy(reference.__module__.rpartition(".")[0] + "._triton", name)
+    package = reference.__module__.rpartition(".")[0]
+    triton = _lazy(package + "._triton", name)
     reference = _without_autocast(reference)
     for overload in ("", *KERNEL_BACKENDS):
         qualified = f"{name}.{overload}" if overload else name
@@ -71,6 +73,7 @@ def declare(
         _native.missing["cpu"] is not None
     ):  # the C++ library registers the default overload for CPU itself
         _LIBRARY.impl(name, reference, "CPU")
+    _sharding.declare(name, package, fake)
 
 
 def overload(name: str, backend: str) -> Callable:

@@ -6,12 +6,14 @@ import math
 
 import torch
 
+from .. import _sharding
+
 _LOW = 0xFFFFFFFF
 
 
-def draw_seed(device: torch.device) -> torch.Tensor:
+def draw_seed(like: torch.Tensor) -> torch.Tensor:
     """A fresh int64 seed of shape (1,) from torch's generator: torch.manual_seed governs it."""
-    return torch.randint(0, 2**62, (1,), device=device)
+    return _sharding.beside(torch.randint(0, 2**62, (1,), device=like.device), like)
 
 
 def philox_word(seed: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

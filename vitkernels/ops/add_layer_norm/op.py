@@ -85,7 +85,7 @@ def add_layer_norm(
     chosen = choose(
         "add_layer_norm", BACKENDS, backend, x.device, dtypes, training=training, sizes=sizes
     )
-    seed = draw_seed(x.device) if dropout_p > 0.0 else None
+    seed = draw_seed(x) if dropout_p > 0.0 else None
     row_scale = None if row_scale is None else row_scale.to(_stat_dtype(x))
     args = (*tensors, row_scale, seed, float(dropout_p), float(eps), out_dtype)
     if chosen == "torch":

@@ -81,7 +81,7 @@ def attention(
     training, dtypes = needs_autograd(q, k, v, bias), (q.dtype,)
     facts = _facts(k.shape[1], q.shape[3], bias)
     chosen = choose("attention", BACKENDS, backend, q.device, dtypes, training=training, **facts)
-    seed = draw_seed(q.device) if dropout_p > 0.0 else None
+    seed = draw_seed(q) if dropout_p > 0.0 else None
     args = (q, k, v, bias, key_padding_mask, seed, scale, float(dropout_p))
     if chosen == "torch":
         return _stock_attention(*args)
@@ -131,7 +131,7 @@ def attention_qkvpacked(
     )
     options = {"training": needs_autograd(qkv, bias), **_facts(qkv.shape[1], D, bias)}
     chosen = choose("attention_qkvpacked", BACKENDS, backend, qkv.device, (qkv.dtype,), **options)
-    seed = draw_seed(qkv.device) if dropout_p > 0.0 else None
+    seed = draw_seed(qkv) if dropout_p > 0.0 else None
     args = (bias, key_padding_mask, seed, scale, float(dropout_p))
     if chosen == "torch":
         return _stock_attention(*reference.unpack(qkv, num_heads), *args).flatten(2)

@@ -92,7 +92,7 @@ def window_attention(
     training = needs_autograd(qkv, bias_table, logit_scale)
     facts = _facts(qkv, window, num_heads, logit_scale) | {"training": training}
     chosen = choose("window_attention", BACKENDS, backend, qkv.device, dtypes, **facts)
-    seed = draw_seed(qkv.device) if dropout_p > 0.0 else None
+    seed = draw_seed(qkv) if dropout_p > 0.0 else None
     options = (*window, *shift, num_heads, scale, float(dropout_p))
     args = (qkv, bias_table, logit_scale, seed, *options)
     if chosen == "torch":
