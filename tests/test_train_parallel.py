@@ -78,6 +78,8 @@ def worker(rank: int, root: str, port: int) -> None:
         more = {"model_kwargs": {"embed_dim": 18, "depth": 1, "num_heads": 3}}
         with pytest.raises(UsageError, match="3 heads, which 2 processes cannot"):
             go(options(f"{root}/odd", "tp", RANKS, **more), world)
+        with pytest.raises(UsageError, match="--compile: not with --parallel tp"):
+            go(options(f"{root}/compiled", "tp", RANKS, compile=True), world)
         more = {"model": SPLIT["swin"][0], "model_kwargs": {**SWIN, "num_heads": (2, 1)}}
         with pytest.raises(UsageError, match=r"layers\.1\.blocks\.0 has 1 heads, which 2"):
             go(options(f"{root}/odd-swin", "tp", RANKS, **more), world)

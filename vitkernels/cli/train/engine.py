@@ -61,6 +61,8 @@ class Trainer:
         if teacher is not None and hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)
         if o.compile:  # what DDP does around it stays as it is
+            if world.size > 1 and o.parallel == "tp":
+                raise UsageError("--compile: not with --parallel tp: use ddp or fsdp")
             self.model.compile()
         self.runner = spread(self.model, o.parallel, world, device)
         self.layout = state.Layout(self.model, o.parallel, world)
