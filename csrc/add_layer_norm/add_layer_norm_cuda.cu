@@ -81,6 +81,9 @@ BackwardKernel backward_instance(const Plan& p, Types types) {
   if (p.fixed_types) {
     if (types == Types::kF32) return backward_of_types<DGAMMA, Types::kF32>(p);
     if (types == Types::kBF16) return backward_of_types<DGAMMA, Types::kBF16>(p);
+    if constexpr (!DGAMMA)
+      if (types == Types::kBF16Gradient32)
+        return backward_of_types<false, Types::kBF16Gradient32>(p);
     return backward_of_types<DGAMMA, Types::kBF16Stream32>(p);
   }
   constexpr Types kAny = Types::kAny;
@@ -128,9 +131,13 @@ Types forward_types(const ForwardArgs& a) {
 }
 
 Types backward_types(const BackwardArgs& a) {
-  return types_of(
-      a, {Types::kF32, Types::kBF16, Types::kBF16Stream32},
-      [](BackwardArgs& b, DType branch, DType stream) { set_types(b, branch, stream); });
+  const auto of = [&](std::initializer_list<Types> candidates) {
+    return types_of(a, candidates, [](BackwardArgs& b, DType branch, DType stream) {
+      set_types(b, branch, stream);
+    });
+  };
+  const Types types = of({Types::kF32, Types::kBF16, Types::kBF16Stream32});
+  return types == Types::kAny && a.x.data == nullptr ? of({Types::kBF16Gradient32}) : types;
 }
 
 // ---- Launchers

@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<TYPES, BLOCK, CHUNKS>
   ForwardArgs a = arguments;
   if constexpr (RING) set_types<FORM>(a, branch_type(TYPES), stream_type(TYPES));
   if constexpr (RING || FORM == Form::kNormAdd) a.dropout.seed = nullptr;
+  if constexpr (FORM == Form::kNormAdd) a.z.data = nullptr;
   constexpr int HELD = CHUNKS == 0 ? 1 : CHUNKS;
   VK_SHARED(float, partial, [2 * 2 * kWarp]);
   VK_DYNAMIC_SHARED(float, dynamic);

@@ -57,8 +57,9 @@ constexpr int64_t shared_of(int architecture) {
 }
 
 // Gives the ring at least two slots, the row worked on and the next, if need be with fewer blocks
-// on a multiprocessor or, where blocks have several rows, fewer warps in a block.
-inline void plan_ring(Plan& p, Pass pass, const Setting& s) {
+// on a multiprocessor or, where blocks have several rows, fewer warps in a block. False where not
+// even one slot fits: long rows on small multiprocessors.
+inline bool plan_ring(Plan& p, Pass pass, const Setting& s) {
   const bool forward = pass == Pass::kForward;
   const int lanes = p.block_per_row ? p.threads : p.lanes;
   const int64_t parameters = (forward ? kForwardParameters : kBackwardParameters) *
@@ -77,9 +78,11 @@ inline void plan_ring(Plan& p, Pass pass, const Setting& s) {
   while (!p.block_per_row && p.threads > 2 * 32 && slots_of(1) < 2) p.threads -= 32;
   int blocks = most_blocks;
   while (blocks > 1 && slots_of(blocks) < 2) --blocks;
+  if (slots_of(blocks) < 1) return false;
   p.slots = static_cast<int>(std::clamp<int64_t>(slots_of(blocks), 1, kMostSlots));
   p.blocks = blocks;
   p.shared_bytes = parameters + p.slots * row * p.threads;
+  return true;
 }
 
 // aligned: every row of every operand begins on a 16-byte line. common_types: the dtypes are one of
@@ -109,7 +112,7 @@ inline Plan plan(int64_t rows, int64_t C, bool aligned, bool common_types, Pass 
   // Blocks of a multiprocessor. The forward without a ring only bounds its grid; the backward keeps
   // sums of all its rows: few blocks that stay.
   if (p.fixed_types) {
-    plan_ring(p, pass, s);
+    if (!plan_ring(p, pass, s)) return plan(rows, C, aligned, false, pass, s);
   } else if (pass == Pass::kForward) {
     p.blocks = 64;
   } else {

@@ -65,18 +65,20 @@ struct BackwardArgs {
 // ---- Dtypes fixed at compile time
 
 // The combinations that models use, without dropout: all operands alike, or a 16-bit branch on an
-// fp32 residual stream (autocast); fp16 where it is usual, in add_layer_norm's forward. kAny reads
-// dtypes from the arguments, at three times the instructions. Parameters keep theirs: they come
-// from L1, with a branch per eight elements.
-enum class Types { kAny, kF32, kBF16, kBF16Stream32, kF16, kF16Stream32 };
+// fp32 residual stream (autocast); fp16 where it is usual, in add_layer_norm's forward; bf16 with
+// gradients in fp32, in layer_norm_add's backward on such a stream. kAny reads dtypes from the
+// arguments, at three times the instructions.
+enum class Types { kAny, kF32, kBF16, kBF16Stream32, kF16, kF16Stream32, kBF16Gradient32 };
 
 constexpr DType branch_type(Types t) {
-  return t == Types::kF32                                 ? DType::kF32
+  return t == Types::kF32 || t == Types::kBF16Gradient32  ? DType::kF32
          : t == Types::kBF16 || t == Types::kBF16Stream32 ? DType::kBF16
                                                           : DType::kF16;
 }
 constexpr DType stream_type(Types t) {
-  return t == Types::kBF16 || t == Types::kF16 ? branch_type(t) : DType::kF32;
+  return t == Types::kBF16Gradient32             ? DType::kBF16
+         : t == Types::kBF16 || t == Types::kF16 ? branch_type(t)
+                                                 : DType::kF32;
 }
 
 // 16-byte pieces of eight elements.
@@ -90,8 +92,9 @@ __host__ __device__ __forceinline__ void set_types(ForwardArgs& a, DType branch,
   a.y.dtype = FORM == Form::kAddNorm ? branch : stream;
 }
 __host__ __device__ __forceinline__ void set_types(BackwardArgs& a, DType branch, DType stream) {
-  a.dy.dtype = a.x.dtype = a.dx.dtype = branch;
+  a.dy.dtype = a.x.dtype = branch;
   a.z.dtype = a.dz.dtype = a.dresidual.dtype = stream;
+  a.dx.dtype = pieces_of(branch) > pieces_of(stream) ? stream : branch;  // kBF16Gradient32
 }
 
 // ---- What both directions share
@@ -325,6 +328,7 @@ class RingRows {
       rest_ = ahead_ - sample_ * a.rows_per_sample;
     }
     ahead_scale_ = scale_ahead();
+#pragma unroll 1
     for (int i = 1; i < a.slots; ++i) begin();
   }
 
