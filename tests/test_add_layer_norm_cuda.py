@@ -37,7 +37,7 @@ TYPES = {
     "fp16 on fp32": (FP16, FP32),
 }
 # C, rows: 16 lanes, a warp with 1 to 4 chunks, the last of them not whole, and a block with 1 or 2.
-WIDTHS = {96: 419, 248: 131, 392: 131, 720: 131, 1000: 83, 1280: 53, 2104: 29}
+WIDTHS = {96: 419, 248: 211, 392: 157, 720: 131, 1000: 107, 1280: 53, 2104: 29}
 SOME = [
     pytest.param(C, types, id=f"{C}-{types}")
     for C, types in itertools.product(WIDTHS, TYPES)
