@@ -160,6 +160,8 @@ def _attention_factor(N: int, dtype: torch.dtype) -> float | None:
 def _layer_norms() -> Iterator[Case]:
     for C in (1, 3, 96, 192, 384, 768, 1000, 1024, 1280, 1536, 4096, 8192):
         yield from _cases("add_layer_norm", f"C{C}", (3, 197, C))
+    for shape in ((16, 3136, 96), (64, 197, 768), (64, 50, 1280)):  # several rows for every team
+        yield from _cases("add_layer_norm", f"C{shape[-1]} many rows", shape, dtypes=(BF16,))
     layouts = ("transposed", "sliced", "expanded", "misaligned_1", "nan_border")
     yield from _cases("add_layer_norm", "C384", (4, 50, 384), dtypes=(BF16,), layouts=layouts)
     yield from _cases("add_layer_norm", "C384 dropout", (4, 50, 384), dropout_p=0.1)
@@ -243,6 +245,7 @@ def _small() -> Iterator[Case]:
     for dtype in (BF16, FP32):
         one = {"dtypes": (dtype,)}
         yield from _cases("add_layer_norm", "C24", (2, 5, 24), **one)
+        yield from _cases("add_layer_norm", "C200 many rows", (45, 3, 200), **one)
         yield from _cases("layer_norm_add", "C40", (2, 3, 40), **one)
         yield from _cases("attention_qkvpacked", "N17 D16", 1, 17, 2, 16, **one)
         yield from _cases("attention_qkvpacked", "N65 D64", 1, 65, 1, 64, **one)
