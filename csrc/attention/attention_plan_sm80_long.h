@@ -21,15 +21,18 @@ constexpr int64_t blocks_of(int64_t n, int size) { return (n + size - 1) / size;
 // ---- Forward: a warp has two tiles of 16 queries, so that what it reads of k and v serves twice
 
 constexpr int kForwardRows = 128;
-// Keys of a tile; beside bias, masks or dropout registers do for fewer.
-constexpr int forward_columns(bool masks) { return masks ? 32 : 64; }
+// Keys of a tile; beside bias, masks or dropout, and above head dim 96, registers do for fewer.
+constexpr int forward_columns(int head_dim, bool masks) {
+  return masks ? 32 : head_dim <= 96 ? 64 : 48;
+}
 // Tiles of k and v in shared memory, in turn: one at work, two under way.
 constexpr int kRing = 3;
 // Whether q stays in registers, or is read from shared memory for each tile.
 constexpr bool keeps_queries(int head_dim, bool masks) { return head_dim <= (masks ? 64 : 80); }
 
 constexpr int64_t forward_shared(int head_dim, bool masks) {
-  return static_cast<int64_t>(kForwardRows + kRing * forward_columns(masks)) * 2 * head_dim;
+  return static_cast<int64_t>(kForwardRows + kRing * forward_columns(head_dim, masks)) * 2 *
+         head_dim;
 }
 
 // ---- Backward: rows that a block owns, columns that all go through it in tiles
@@ -42,7 +45,11 @@ constexpr int backward_rows(int head_dim, bool by_key) {
   return kWarps * 16 * row_tiles(head_dim, by_key);
 }
 constexpr int backward_columns(int head_dim) { return head_dim <= 64 ? 64 : 32; }
-// Whether the rows' second operand (dout by query, v by key) stays in registers too.
+// Whether the rows' first operand (q by query, k by key) stays in registers, and the second (dout,
+// v).
+constexpr bool keeps_first(int head_dim, bool by_key, bool masks) {
+  return !by_key || !masks || head_dim > 64;
+}
 constexpr bool keeps_second(int head_dim, bool by_key, bool masks) {
   return by_key ? head_dim > 64 && head_dim <= 96 : !masks || row_tiles(head_dim, false) == 1;
 }

@@ -70,17 +70,18 @@ VK_DEVICE void raise(FragmentC (&s)[COUNT], FragmentC (&o)[HEAD_DIM / 8], Softma
 // P of keys `first` to first + COUNT * 8 - 1, of a warp's queries from `query` on. at: where the
 // keys are in their tile.
 template <DType TYPE, int HEAD_DIM, Masks MASKS, bool LAST, int COUNT, bool KEPT>
-VK_DEVICE void score_keys(FragmentC (&p)[kTiles][COUNT], FragmentC (&o)[kTiles][HEAD_DIM / 8],
-                          Softmax (&rows)[kTiles], const RowOperand<HEAD_DIM, kTiles, KEPT>& q,
-                          const char* k, int at, const Args& a, const Head& head, uint64_t seed,
-                          int query, int first) {
+VK_DEVICE void score_keys(FragmentA (&rounded)[kTiles][COUNT / 2],
+                          FragmentC (&o)[kTiles][HEAD_DIM / 8], Softmax (&rows)[kTiles],
+                          const RowOperand<HEAD_DIM, kTiles, KEPT>& q, const char* k, int at,
+                          const Args& a, const Head& head, uint64_t seed, int query, int first) {
   const int row = query + static_cast<int>(threadIdx.x) % kWarp / 4;
   const int column = first + static_cast<int>(threadIdx.x) % 4 * 2;
+  FragmentC p[kTiles][COUNT];
   multiply_rows<TYPE, HEAD_DIM>(p, q, k, at);
-  finish_scores<MASKS, false, LAST>(p, a, head, row, column);
   const float by = score_factor<MASKS>(a);
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
+    finish_scores<MASKS, false, LAST>(p[m], a, head, row + m * kTile, column);
     raise<HEAD_DIM, COUNT>(p[m], o[m], rows[m], by);
     if (MASKS == Masks::kNone || a.dropout.seed == nullptr) continue;
     const uint32_t kept = kept_bits<false, COUNT>(a, head, seed, row + m * kTile, column);
@@ -90,13 +91,14 @@ VK_DEVICE void score_keys(FragmentC (&p)[kTiles][COUNT], FragmentC (&o)[kTiles][
       for (int i = 0; i < 4; ++i)
         if ((kept >> (4 * n + i) & 1) == 0) p[m][n].v[i] = 0.0f;
   }
+  round_rows<TYPE>(rounded, p);
 }
 
 template <DType TYPE, int HEAD_DIM, Masks MASKS>
 __global__ void __launch_bounds__(kThreads, kResident) forward_kernel(Args a, int blocks) {
   check_launch_bounds<kThreads>();
   VK_DYNAMIC_SHARED(char, shared);
-  constexpr int kColumns = forward_columns(MASKS == Masks::kAny);
+  constexpr int kColumns = forward_columns(HEAD_DIM, MASKS == Masks::kAny);
   constexpr int kTileBytes = kColumns * 2 * HEAD_DIM;
   constexpr bool kKeep = keeps_queries(HEAD_DIM, MASKS == Masks::kAny);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -105,24 +107,21 @@ __global__ void __launch_bounds__(kThreads, kResident) forward_kernel(Args a, in
   const int query = block_query + warp * kTiles * kTile;  // the warp's first
   const bool works = query < a.Nq;
   const Head head = sm80::head_of(a, index);
-  const Rows keys = sm80::rows_of(a.k, head, a.Nk), values = sm80::rows_of(a.v, head, a.Nk);
   const uint64_t seed = MASKS == Masks::kAny ? dropout_seed(a) : 0;
   char* const ring = shared + kForwardRows * 2 * HEAD_DIM;
 
   // Tile t is of k for an even t, of v for an odd one.
-  const int tiles = (a.Nk + kColumns - 1) / kColumns * 2;
-  int begun = 0;
   const auto place = [&](int t) { return ring + t % kRing * kTileBytes; };
-  const auto begin_next = [&] {
-    if (begun < tiles)
-      begin_tile<HEAD_DIM, kColumns>(place(begun), begun % 2 == 0 ? keys : values,
-                                     begun / 2 * kColumns, a.D);
-    ++begun;
+  const auto begin = [&](int t) {
+    const int first = t / 2 * kColumns;
+    if (first < a.Nk)
+      begin_tile<HEAD_DIM, kColumns>(place(t), sm80::rows_of(t % 2 == 0 ? a.k : a.v, head, a.Nk),
+                                     first, a.D);
     commit_copies();
   };
   begin_tile<HEAD_DIM, kForwardRows>(shared, sm80::rows_of(a.q, head, a.Nq), block_query, a.D);
-  begin_next();
-  begin_next();
+  begin(0);
+  begin(1);
 
   RowOperand<HEAD_DIM, kTiles, kKeep> q;
   q.tile = shared + warp * kTiles * kTile * 2 * HEAD_DIM;
@@ -131,17 +130,17 @@ __global__ void __launch_bounds__(kThreads, kResident) forward_kernel(Args a, in
   int first = 0, t = 0;
 #pragma unroll 1
   for (; first + kColumns <= a.Nk; first += kColumns, t += 2) {
-    FragmentC p[kTiles][kColumns / 8];
+    FragmentA p[kTiles][kColumns / kTile];
     wait_copies<1>();
     __syncthreads();  // the tile of k is there; nobody reads the tile before
-    begin_next();
+    begin(t + 2);
     if (first == 0) q.load();
     if (works)
-      score_keys<TYPE, HEAD_DIM, MASKS, false>(p, o, rows, q, place(t), 0, a, head, seed, query,
-                                               first);
+      score_keys<TYPE, HEAD_DIM, MASKS, false, kColumns / 8>(p, o, rows, q, place(t), 0, a, head,
+                                                             seed, query, first);
     wait_copies<1>();
     __syncthreads();  // the tile of v is there; nobody reads k
-    begin_next();
+    begin(t + 3);
     if (works) multiply_add<TYPE, HEAD_DIM>(o, p, place(t + 1), 0);
   }
   wait_copies<0>();
@@ -150,9 +149,9 @@ __global__ void __launch_bounds__(kThreads, kResident) forward_kernel(Args a, in
   if (first == 0) q.load();
 #pragma unroll 1
   for (int at = 0; first + at < a.Nk; at += kTile) {
-    FragmentC p[kTiles][2];
-    score_keys<TYPE, HEAD_DIM, MASKS, true>(p, o, rows, q, place(t), at, a, head, seed, query,
-                                            first + at);
+    FragmentA p[kTiles][1];
+    score_keys<TYPE, HEAD_DIM, MASKS, true, 2>(p, o, rows, q, place(t), at, a, head, seed, query,
+                                               first + at);
     multiply_add<TYPE, HEAD_DIM>(o, p, place(t + 1), at);
   }
 

@@ -97,33 +97,40 @@ VK_DEVICE void multiply_rows(FragmentC (&c)[M][COUNT], const RowOperand<HEAD_DIM
   }
 }
 
-// c += a b for COUNT * 8 rows of `b` from row `first`, a multiple of 16, on; `a` is rounded.
-template <DType TYPE, int HEAD_DIM, int M, int COUNT>
-VK_DEVICE void multiply_add(FragmentC (&c)[M][HEAD_DIM / 8], const FragmentC (&a)[M][COUNT],
+// COUNT neighbours in C's form, rounded to 16 bits, as A's of the next product.
+template <DType TYPE, int M, int COUNT>
+VK_DEVICE void round_rows(FragmentA (&a)[M][COUNT / 2], const FragmentC (&c)[M][COUNT]) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int k = 0; k < COUNT; k += 2) {
+      const FragmentC &low = c[m][k], &high = c[m][k + 1];
+      a[m][k / 2] = {{sm80::pack<TYPE>(low.v[0], low.v[1]), sm80::pack<TYPE>(low.v[2], low.v[3]),
+                      sm80::pack<TYPE>(high.v[0], high.v[1]),
+                      sm80::pack<TYPE>(high.v[2], high.v[3])}};
+    }
+}
+
+// c += a b for STEPS * 16 rows of `b` from row `first`, a multiple of 16, on.
+template <DType TYPE, int HEAD_DIM, int M, int STEPS>
+VK_DEVICE void multiply_add(FragmentC (&c)[M][HEAD_DIM / 8], const FragmentA (&a)[M][STEPS],
                             const char* b, int first) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int offset =
       first * 2 * HEAD_DIM + sm80::chunk_offset<HEAD_DIM>(lane / 8 % 2 * 8 + lane % 8, lane / 16);
 #pragma unroll
-  for (int k = 0; k < COUNT; k += 2) {
-    FragmentA rows[M];
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-      const FragmentC &low = a[m][k], &high = a[m][k + 1];
-      rows[m] = {{sm80::pack<TYPE>(low.v[0], low.v[1]), sm80::pack<TYPE>(low.v[2], low.v[3]),
-                  sm80::pack<TYPE>(high.v[0], high.v[1]), sm80::pack<TYPE>(high.v[2], high.v[3])}};
-    }
+  for (int k = 0; k < STEPS; ++k)
 #pragma unroll
     for (int n = 0; n < HEAD_DIM / 8; n += 2) {  // matrices: chunk n (rows low, high), then n + 1
       uint32_t r[4];
-      load_matrices_transposed(r, b + sm80::further<HEAD_DIM>(offset, n) + k * 8 * 2 * HEAD_DIM);
+      load_matrices_transposed(r,
+                               b + sm80::further<HEAD_DIM>(offset, n) + k * kTile * 2 * HEAD_DIM);
 #pragma unroll
       for (int m = 0; m < M; ++m) {
-        mma_m16n8k16<TYPE>(c[m][n], rows[m], FragmentB{{r[0], r[1]}});
-        mma_m16n8k16<TYPE>(c[m][n + 1], rows[m], FragmentB{{r[2], r[3]}});
+        mma_m16n8k16<TYPE>(c[m][n], a[m][k], FragmentB{{r[0], r[1]}});
+        mma_m16n8k16<TYPE>(c[m][n + 1], a[m][k], FragmentB{{r[2], r[3]}});
       }
     }
-  }
 }
 
 // ---- Scores. kNone leaves the factor `score_factor` to the exponent; kAny has it in the scores.
@@ -133,23 +140,21 @@ VK_DEVICE float score_factor(const Args& a) {
   return MASKS == Masks::kAny ? 1.0f : a.scale * kLog2e;
 }
 
-// row, column: of the thread's first element of each tile. Keys beyond the last get -inf where they
-// are columns, and LAST says that there may be some.
-template <Masks MASKS, bool BY_KEY, bool LAST, int M, int COUNT>
-VK_DEVICE void finish_scores(FragmentC (&s)[M][COUNT], const Args& a, const Head& head, int row,
+// row, column: of the thread's first element. Keys beyond the last get -inf where they are columns,
+// and LAST says that there may be some.
+template <Masks MASKS, bool BY_KEY, bool LAST, int COUNT>
+VK_DEVICE void finish_scores(FragmentC (&s)[COUNT], const Args& a, const Head& head, int row,
                              int column) {
+  if constexpr (MASKS == Masks::kAny) {
+    sm80::finish_scores<MASKS, BY_KEY, COUNT>(s, a, head, row, column);
+  } else if constexpr (LAST && !BY_KEY) {
+    if (column / kTile * kTile + COUNT * 8 <= a.Nk) return;
 #pragma unroll
-  for (int m = 0; m < M; ++m)
-    if constexpr (MASKS == Masks::kAny) {
-      sm80::finish_scores<MASKS, BY_KEY, COUNT>(s[m], a, head, row + m * kTile, column);
-    } else if constexpr (LAST && !BY_KEY) {
-      if (column / kTile * kTile + COUNT * 8 <= a.Nk) continue;
+    for (int n = 0; n < COUNT; ++n)
 #pragma unroll
-      for (int n = 0; n < COUNT; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (column + n * 8 + i % 2 >= a.Nk) s[m][n].v[i] = -INFINITY;
-    }
+      for (int i = 0; i < 4; ++i)
+        if (column + n * 8 + i % 2 >= a.Nk) s[n].v[i] = -INFINITY;
+  }
 }
 
 // ---- Dropout
@@ -183,8 +188,31 @@ VK_DEVICE uint32_t kept_bits(const Args& a, const Head& head, uint64_t seed, int
 // costs nothing; `out` is rounded, and few keys do not average that.
 VK_DEVICE bool sums_in_tile(const Args& a) { return a.Nk <= kTile; }
 
-// Scores and dP of M times 16 x 16 become P and dS; P is the one after dropout. of_query: lse and
-// delta, by tile and half of the rows, or by column. A masked key has no gradient, whatever dP is.
+// keys: rows of the thread's own that exist, counted from its first, where rows are keys.
+template <bool BY_KEY>
+VK_DEVICE void sum_tile(float2 (&of_query)[4], const FragmentC (&p)[2], const FragmentC (&dp)[2],
+                        int keys) {
+  float sums[4] = {};
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!BY_KEY || i / 2 * 8 < keys) {
+        float& sum = sums[BY_KEY ? 2 * n + i % 2 : i / 2];
+        sum = fmaf(p[n].v[i], dp[n].v[i], sum);
+      }
+#pragma unroll
+  for (int query = 0; query < (BY_KEY ? 4 : 2); ++query) {
+#pragma unroll
+    for (int lanes = BY_KEY ? 4 : 1; lanes < (BY_KEY ? 32 : 4); lanes *= 2)
+      sums[query] += __shfl_xor_sync(kAllLanes, sums[query], lanes);
+    of_query[query].y = sums[query];
+  }
+}
+
+// Products q k^T and dP of M times 16 x 16 become P and dS; P is the one after dropout. of_query:
+// lse and delta, by tile and half of the rows, or by column. A masked key has no gradient, whatever
+// dP is.
 template <Masks MASKS, bool BY_KEY, int M>
 VK_DEVICE void differentiate(FragmentC (&s)[M][2], FragmentC (&dp)[M][2],
                              float2 (&of_query)[BY_KEY ? 1 : M][4], const Args& a, const Head& head,
@@ -193,6 +221,7 @@ VK_DEVICE void differentiate(FragmentC (&s)[M][2], FragmentC (&dp)[M][2],
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     float2(&stats)[4] = of_query[BY_KEY ? 0 : m];
+    finish_scores<MASKS, BY_KEY, true>(s[m], a, head, row + m * kTile, column);
     uint32_t kept = 0xff;
     float kept_factor = 1.0f;
     if (MASKS == Masks::kAny && a.dropout.seed != nullptr) {
@@ -200,28 +229,17 @@ VK_DEVICE void differentiate(FragmentC (&s)[M][2], FragmentC (&dp)[M][2],
       kept_factor = a.dropout.scale;
     }
     bool masked[8];
-    float sums[4] = {};
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int query = BY_KEY ? 2 * n + i % 2 : i / 2;
-        float &p = s[m][n].v[i], &d = dp[m][n].v[i];
+        float& p = s[m][n].v[i];
         masked[4 * n + i] = p == -INFINITY;
-        p = exp2_approx(fmaf(p, by, -stats[query].x));
-        if (MASKS == Masks::kAny) d *= (kept >> (4 * n + i) & 1) != 0 ? kept_factor : 0.0f;
-        if (!BY_KEY || row + m * kTile + i / 2 * 8 < a.Nk) sums[query] = fmaf(p, d, sums[query]);
+        p = exp2_approx(fmaf(p, by, -stats[BY_KEY ? 2 * n + i % 2 : i / 2].x));
+        if (MASKS == Masks::kAny)
+          dp[m][n].v[i] *= (kept >> (4 * n + i) & 1) != 0 ? kept_factor : 0.0f;
       }
-    if (sums_in_tile(a) && (m == 0 || !BY_KEY)) {
-#pragma unroll
-      for (int query = 0; query < (BY_KEY ? 4 : 2); ++query) {
-        float sum = sums[query];
-#pragma unroll
-        for (int lanes = BY_KEY ? 4 : 1; lanes < (BY_KEY ? 32 : 4); lanes *= 2)
-          sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-        stats[query].y = sum;
-      }
-    }
+    if (sums_in_tile(a) && (m == 0 || !BY_KEY)) sum_tile<BY_KEY>(stats, s[m], dp[m], a.Nk - row);
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll

@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   constexpr int kM = row_tiles(HEAD_DIM, BY_KEY), kRows = backward_rows(HEAD_DIM, BY_KEY);
   constexpr int kColumns = backward_columns(HEAD_DIM), kTileBytes = kColumns * 2 * HEAD_DIM;
   constexpr int kStage = 2 * kTileBytes + (BY_KEY ? 8 * kColumns : 0);
+  constexpr bool kKeepFirst = keeps_first(HEAD_DIM, BY_KEY, MASKS == Masks::kAny);
   constexpr bool kKeepSecond = keeps_second(HEAD_DIM, BY_KEY, MASKS == Masks::kAny);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const unsigned index = blockIdx.x / static_cast<unsigned>(blocks);
@@ -79,17 +80,17 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const bool works = warp_row < N;
   const Head head = sm80::head_of(a, index);
   const uint64_t seed = MASKS == Masks::kAny ? dropout_seed(a) : 0;
-  const float2* const sums_of_head = row_sums + index * padded_sums(a.Nq);
+  row_sums += index * padded_sums(a.Nq);
   char* const second_rows = shared + kRows * 2 * HEAD_DIM;
   char* const stages = second_rows + kRows * 2 * HEAD_DIM;
 
-  const Rows column_0 = sm80::rows_of(BY_KEY ? a.q : a.k, head, columns);
-  const Rows column_1 = sm80::rows_of(BY_KEY ? a.dout : a.v, head, columns);
   const auto begin_columns = [&](int first, char* stage) {
-    begin_tile<HEAD_DIM, kColumns>(stage, column_0, first, a.D);
-    begin_tile<HEAD_DIM, kColumns>(stage + kTileBytes, column_1, first, a.D);
+    begin_tile<HEAD_DIM, kColumns>(stage, sm80::rows_of(BY_KEY ? a.q : a.k, head, columns), first,
+                                   a.D);
+    begin_tile<HEAD_DIM, kColumns>(stage + kTileBytes,
+                                   sm80::rows_of(BY_KEY ? a.dout : a.v, head, columns), first, a.D);
     if (BY_KEY && thread < kColumns / 2)
-      copy_async<16>(stage + 2 * kTileBytes + thread * 16, sums_of_head + first + 2 * thread);
+      copy_async<16>(stage + 2 * kTileBytes + thread * 16, row_sums + first + 2 * thread);
     commit_copies();
   };
   begin_tile<HEAD_DIM, kRows>(shared, sm80::rows_of(BY_KEY ? a.k : a.q, head, N), block_row, a.D);
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
                               a.D);
   begin_columns(0, stages);
 
-  RowOperand<HEAD_DIM, kM, true> rows_0;
+  RowOperand<HEAD_DIM, kM, kKeepFirst> rows_0;
   RowOperand<HEAD_DIM, kM, kKeepSecond> rows_1;
   rows_0.tile = shared + warp * kM * kTile * 2 * HEAD_DIM;
   rows_1.tile = second_rows + warp * kM * kTile * 2 * HEAD_DIM;
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int query = row + m * kTile + half * 8;
-        of_query[m][half] = query < a.Nq ? sums_of_head[query] : make_float2(0.0f, 0.0f);
+        of_query[m][half] = query < a.Nq ? row_sums[query] : make_float2(0.0f, 0.0f);
       }
   }
   FragmentC sums_0[kM][HEAD_DIM / 8] = {}, sums_1[BY_KEY ? kM : 1][BY_KEY ? HEAD_DIM / 8 : 1] = {};
@@ -129,7 +130,6 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const int column = first + at + lane % 4 * 2;
       multiply_rows<TYPE, HEAD_DIM>(s, rows_0, stage, at);
       multiply_rows<TYPE, HEAD_DIM>(dp, rows_1, stage + kTileBytes, at);
-      finish_scores<MASKS, BY_KEY, true>(s, a, head, row, column);
       if constexpr (BY_KEY) {
         const char* const sums = stage + 2 * kTileBytes + (at + lane % 4 * 2) * 8;
 #pragma unroll
@@ -140,8 +140,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
         }
       }
       differentiate<MASKS, BY_KEY>(s, dp, of_query, a, head, seed, row, column);
-      if constexpr (BY_KEY) multiply_add<TYPE, HEAD_DIM>(sums_1, s, stage + kTileBytes, at);
-      multiply_add<TYPE, HEAD_DIM>(sums_0, dp, stage, at);
+      FragmentA rounded[kM][1];
+      if constexpr (BY_KEY) {
+        round_rows<TYPE>(rounded, s);
+        multiply_add<TYPE, HEAD_DIM>(sums_1, rounded, stage + kTileBytes, at);
+      }
+      round_rows<TYPE>(rounded, dp);
+      multiply_add<TYPE, HEAD_DIM>(sums_0, rounded, stage, at);
     }
   }
   if (!works) return;

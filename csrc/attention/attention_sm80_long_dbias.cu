@@ -82,7 +82,6 @@ __global__ void __launch_bounds__(kThreads, kResident)
       FragmentC s[1][2], ds[1][2];
       multiply_rows<TYPE, HEAD_DIM>(s, rows_0, k, step * kTile);
       multiply_rows<TYPE, HEAD_DIM>(ds, rows_1, v, step * kTile);
-      finish_scores<Masks::kAny, false, true>(s, a, head, row, column);
       differentiate<Masks::kAny, false>(s, ds, of_query, a, head, seed, row, column);
 #pragma unroll
       for (int n = 0; n < 2; ++n)
