@@ -8,7 +8,7 @@
 namespace vitkernels::attention::sm80_long {
 
 // Every kernel has blocks of four warps, two of which a multiprocessor has room for: 255 registers
-// a thread, and below 82 KB of shared memory, which also lets one block run where there are 100 KB.
+// a thread, and below 81 KB of shared memory, which also lets one block run where there are 100 KB.
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kResident = 2;
@@ -45,8 +45,8 @@ constexpr int backward_rows(int head_dim, bool by_key) {
   return kWarps * 16 * row_tiles(head_dim, by_key);
 }
 constexpr int backward_columns(int head_dim) { return head_dim <= 64 ? 64 : 32; }
-// Whether the rows' first operand (q by query, k by key) stays in registers, and the second (dout,
-// v).
+
+// Whether the rows' first operand (q by query, k by key) stays in registers; the second (dout, v).
 constexpr bool keeps_first(int head_dim, bool by_key, bool masks) {
   return !by_key || !masks || head_dim > 64;
 }
@@ -67,10 +67,9 @@ constexpr int kSumRows = kThreads / 4;  // of a block: four threads a row
 // ---- Gradient of the bias: a block has 64 x 64 elements and adds dS over what they are shared by
 
 constexpr int kBiasTile = 64;
-// At least as many blocks as this, if there is that much to add: more than 100 multiprocessors hold
-// at once. It bounds the partial sums to kBiasBlocks * 16 KB, and has no say in the order of sums
-// but by the shapes.
-constexpr int64_t kBiasBlocks = 1024;
+// Blocks in all, about, where there is that much to add: twice what 108 to 132 multiprocessors hold
+// at once. It bounds the partial sums to kBiasBlocks * 16 KB.
+constexpr int64_t kBiasBlocks = 512;
 
 constexpr int64_t bias_shared(int head_dim) {
   return 4 * kBiasTile * 2 * head_dim + kWarps * kBiasTile * 4;

@@ -3,8 +3,8 @@
 //
 // A block has 128 queries of a (batch item, head), a warp 32 of them in two tiles of 16, so that
 // each fragment of k and v read from shared memory serves two products. k and v come in tiles of 64
-// keys (32 beside options) through a ring of three, by asynchronous copies, in the order they are
-// used in:
+// keys (48 above head dim 96, 32 beside options) through a ring of three, by asynchronous copies,
+// in the order they are used in:
 //
 //   tile of k   S = q k^T in registers; softmax with a running maximum; o shrinks where that grew
 //   tile of v   o += P v, P rounded to 16 bits where it is
@@ -14,11 +14,11 @@
 // 592, 1370 are 21 * 64 + 26 and cost 1376.
 //
 // Grid: B * H * ceil(Nq / 128) blocks of 4 warps, two on a multiprocessor: 255 registers, shared
-// memory 40 KB at head dim 64, 80 KB at 128. k and v of a head come from L2 after its first block.
+// memory 40 KB at head dim 64, 68 KB at 128. k and v of a head come from L2 after its first block.
 // 4 B H Nq Nk D FLOP, for B 64, H 12, N 577, D 64: 65 GFLOP, 0.21 ms at the 312 TF/s of an A100;
 // 92% of the products computed count. Least traffic (q, k, v in, out, lse out): 229 MB, 0.15 ms at
-// 1.56 TB/s. Of the cycles of 16 x 8 x 16 products, reads of shared memory take 56% (D 64, q in
-// registers) to 62% (D 128, q read again).
+// 1.56 TB/s. Reads of shared memory take 50% (D 64, q in registers) to 67% (D 128, q read again) of
+// the products' cycles.
 #include "attention/attention_sm80_long.cuh"
 
 namespace vitkernels::attention {

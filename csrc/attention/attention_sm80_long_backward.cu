@@ -18,10 +18,10 @@
 //
 // Grid: B * H * ceil(N / rows) blocks of 4 warps, two on a multiprocessor; rows are 128 (two tiles
 // a warp, which share what is read of the columns) by query to head dim 80 and by key to 64, else
-// 64. Shared memory 42 to 66 KB. 14 B H Nq Nk D FLOP, for B 64, H 12, N 577, D 64: 229 GFLOP, 0.73
+// 64. Shared memory 40 to 65 KB. 14 B H Nq Nk D FLOP, for B 64, H 12, N 577, D 64: 229 GFLOP, 0.73
 // ms at the 312 TF/s of an A100, of which five sevenths count. Least traffic (q, k, v, out, dout
-// in, dq, dk, dv out): 454 MB, 0.29 ms. Reads of shared memory take as many cycles as the products
-// where a warp has one tile, 75% where it has two.
+// in, dq, dk, dv out): 454 MB, 0.29 ms. Reads of shared memory take 50% (by query) and 75% (by key)
+// of the products' cycles where a warp has two tiles, 100% to 125% where it has one.
 #include "attention/attention_sm80_long.cuh"
 
 namespace vitkernels::attention {

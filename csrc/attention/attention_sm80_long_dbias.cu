@@ -11,7 +11,7 @@
 // 8 bytes an element, which at head dim 64 and an A100's 312 TF/s and 1.56 TB/s is six times as
 // long.
 //
-// Where there are few elements, their members are split among blocks, about 1024 in all: at most 16
+// Where there are few elements, their members are split among blocks, about 512 in all: at most 8
 // MB of partial sums, whatever the shapes. Order and number of the additions are the shape's alone;
 // no atomics. A bias that all keys of a row share has the gradient 0 (constant_dbias_simt).
 //
