@@ -8,6 +8,7 @@
 
 #include "add_layer_norm/add_layer_norm_plan.h"
 #include "attention/attention_plan_sm80.h"
+#include "attention/attention_plan_sm80_long.h"
 #include "attention/attention_plan_sm90.h"
 #include "attention/attention_plan_sm90_backward.h"
 #include "common/cpu_isa.h"
@@ -62,6 +63,30 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("Nq"), py::arg("Nk"), py::arg("D"), py::arg("architecture"), py::arg("backward"),
       "Launch settings of attention's sm_80 kernels.");
+  m.def(
+      "attention_sm80_long_plan",
+      [](int D, bool options, bool by_key) {
+        namespace plan = vitkernels::attention::sm80_long;
+        const int dim = plan::instance_dim(D);
+        return py::dict("head_dim"_a = dim, "columns"_a = plan::forward_columns(dim, options),
+                        "shared_bytes"_a = plan::forward_shared(dim, options),
+                        "backward_rows"_a = plan::backward_rows(dim, by_key),
+                        "backward_columns"_a = plan::backward_columns(dim),
+                        "backward_shared_bytes"_a = plan::backward_shared(dim, by_key),
+                        "bias_shared_bytes"_a = plan::bias_shared(dim));
+      },
+      py::arg("D"), py::arg("options"), py::arg("by_key"),
+      "Launch settings of attention's sm_80 kernels for any number of queries and keys.");
+  m.def(
+      "attention_sm80_long_bias_plan",
+      [](int B, int H, int Nq, int Nk, int batch, int heads, int rows) {
+        const auto p =
+            vitkernels::attention::sm80_long::bias_plan(B, H, Nq, Nk, batch, heads, rows);
+        return py::dict("tiles"_a = p.tiles, "members"_a = p.members, "share"_a = p.share,
+                        "splits"_a = p.splits, "partial_floats"_a = p.partial_floats);
+      },
+      py::arg("B"), py::arg("H"), py::arg("Nq"), py::arg("Nk"), py::arg("batch"), py::arg("heads"),
+      py::arg("rows"), "How attention's sm_80 kernels share out the sums of a bias's gradient.");
   m.def(
       "attention_sm90_plan",
       [](int B, int H, int Nq, int Nk, int D, int bias_size, bool bias_of_batch,

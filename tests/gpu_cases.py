@@ -191,10 +191,27 @@ def _attentions() -> Iterator[Case]:
     padded = {"Nk": 257, "key_padding_mask": (2, 257), "dtypes": (BF16,)}
     yield from _cases("attention", "N50 Nk257 D64 padding", 2, 50, 3, 64, **padded)
     yield from _cases("attention_qkvpacked", "N197 D64 dropout", 2, 197, 3, 64, dropout_p=0.1)
+    yield from _long_attentions()
     layouts = ("transposed", "sliced", "expanded", "offset", "misaligned_1", "packed", "nan_border")
     of_layouts = {"dtypes": (BF16,), "layouts": layouts, "grad_layout": "contiguous"}
     yield from _cases("attention", "N50 D64", 2, 50, 3, 64, **of_layouts)
     yield from _cases("attention_qkvpacked", "N197 D64", 2, 197, 3, 64, **of_layouts)
+
+
+def _long_attentions() -> Iterator[Case]:
+    """Every option beyond 272 tokens, and lengths of queries and keys that differ."""
+    one = {"dtypes": (BF16, FP16)}
+    for bias in ((2, 3, 577, 577), (1, 3, 577, 577), (1, 1, 1, 577), (2, 3, 577, 1)):
+        yield from _cases("attention", f"N577 D64 bias {bias}", 2, 577, 3, 64, bias=bias, **one)
+    masked = {"bool_bias": (1, 1, 1370, 1370), "key_padding_mask": (2, 1370)}
+    yield from _cases("attention", "N1370 D64 masks", 2, 1370, 2, 64, **masked, **one)
+    for D in (64, 72, 96, 128):
+        name = f"N577 D{D} dropout"
+        yield from _cases("attention_qkvpacked", name, 2, 577, 3, D, dropout_p=0.1, **one)
+    yield from _cases("attention", "N1025 Nk577 D64", 2, 1025, 3, 64, Nk=577, **one)
+    yield from _cases("attention", "N50 Nk1370 D80", 2, 50, 3, 80, Nk=1370, **one)
+    both = {"bias": (1, 3, 197, 197), "dropout_p": 0.1}
+    yield from _cases("attention", "N197 D64 bias dropout", 2, 197, 3, 64, **both, **one)
 
 
 def _window_attentions() -> Iterator[Case]:
