@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,6 +31,8 @@ def distributed(model: torch.nn.Module, way: str) -> torch.nn.Module:
             plan[f"{name}.mlp.fc1"] = ColwiseParallel()
             plan[f"{name}.mlp.fc2"] = RowwiseParallel()
         return parallelize_module(model, init_device_mesh("cpu", (RANKS,)), plan)
+    if way == "dtensors":
+        return distribute_module(model, init_device_mesh("cpu", (RANKS,)))
     if way.startswith("fsdp_blocks"):
         for block in blocks_of(model).values():
             fully_shard(block, reshard_after_forward=True)
@@ -59,7 +62,8 @@ def worker(rank: int, store: str) -> None:
         x = torch.randn(2 * RANKS, 3, 32, 32)
         alone = copy.deepcopy(model)
         alone(x).square().mean().backward()
-        for way in WAYS:
+        swin = isinstance(model, FusedSwin)  # of FusedViT: test_sharding.py
+        for way in (*WAYS, "dtensors") if swin else WAYS:
             check(model, way, x, rank, alone)
     dist.destroy_process_group()
 
@@ -67,6 +71,8 @@ def worker(rank: int, store: str) -> None:
 def check(model: torch.nn.Module, way: str, x: torch.Tensor, rank: int, alone) -> None:
     sharded = distributed(copy.deepcopy(model), way)
     part = x if way == "tensor_parallel" else x[2 * rank : 2 * rank + 2]
+    if way == "dtensors":
+        part = distribute_tensor(x, init_device_mesh("cpu", (RANKS,)), [Shard(0)])
     sharded(part).square().mean().backward()
     # Gradients that nearly cancel (the MLP of V2's position biases) are judged by the others' size.
     floor = 1e-2 * max(p.grad.norm() for p in alone.parameters())

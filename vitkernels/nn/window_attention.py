@@ -30,14 +30,18 @@ class _WindowAttention(nn.Module):
     def forward(self, x: Tensor, windows: Windows | None = None) -> Tensor:
         """windows: how the map is cut; None: unshifted, of a map of whole windows."""
         windows = windows or Windows(self.window_size)
+        qkv = self._qkv(windows.fit(x))
+        table, logit_scale = self.bias_table(), self.logit_scale
+        if plain(qkv):  # where heads are split over processes, of these heads
+            table, logit_scale = own_part(table), own_part(logit_scale)
         out = window_attention(
-            self._qkv(windows.fit(x)),
-            self.bias_table(),
+            qkv,
+            table,
             window_size=windows.size,
             shift_size=windows.shift,
             num_heads=self.num_heads,
             scale=self.scale,
-            logit_scale=own_part(self.logit_scale),
+            logit_scale=logit_scale,
             dropout_p=self.attn_drop.p if self.training else 0.0,
         )
         return self.proj_drop(self.proj(windows.crop(out, *x.shape[1:3])))
@@ -103,7 +107,7 @@ class WindowAttention(_WindowAttention):
         self._set_window(window_size)
 
     def bias_table(self) -> Tensor:
-        return own_part(self.relative_position_bias_table)
+        return self.relative_position_bias_table
 
     def _qkv(self, x: Tensor) -> Tensor:
         return self.qkv(x)
@@ -182,7 +186,7 @@ class WindowAttentionV2(_WindowAttention):
     def _qkv(self, x: Tensor) -> Tensor:
         if self.q_bias is None:
             return self.qkv(x)
-        if not plain(self.q_bias):  # heads split over processes: the Linear knows how
+        if plain(x) and not plain(self.q_bias):  # heads split over processes: the Linear knows how
             q_bias, v_bias = own_part(self.q_bias), own_part(self.v_bias)
             qkv = self.qkv(x)
             return qkv + torch.cat((q_bias, torch.zeros_like(q_bias), v_bias)).to(qkv.dtype)
