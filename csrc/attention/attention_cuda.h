@@ -51,12 +51,16 @@ Refusal sm80_refuses_forward(const Args& args);
 Refusal sm80_refuses_backward(const Args& args);
 Refusal sm90_refuses_forward(const Args& args);
 Refusal sm90_refuses_backward(const Args& args);
+Refusal sm90_long_refuses_forward(const Args& args);
+Refusal sm90_long_refuses_backward(const Args& args);
 
 void forward_simt(const Device& device, const Tensor& like, const Args& args);
 void forward_sm80(const Device& device, const Tensor& like, const Args& args);
 void forward_sm90(const Device& device, const Tensor& like, const Args& args);
+void forward_sm90_long(const Device& device, const Tensor& like, const Args& args);
 void backward_simt(const Device& device, const Tensor& like, const Args& args);
 void backward_sm80(const Device& device, const Tensor& like, const Args& args);
 void backward_sm90(const Device& device, const Tensor& like, const Args& args);
+void backward_sm90_long(const Device& device, const Tensor& like, const Args& args);
 
 }  // namespace vitkernels::attention
