@@ -15,7 +15,7 @@ constexpr int kConsumerRegisters = 240, kLoaderRegisters = 24;  // of a thread
 constexpr int kMostTiles = 4;
 constexpr int64_t kLongBarrierBytes = 8 * (2 * kGroups + 4 * kMostTiles);
 
-constexpr int padded_width(int D) { return std::max(64, sm90::padded_width(D)); }
+constexpr int long_width(int D) { return std::max(64, sm90::padded_width(D)); }
 
 constexpr int tiles_of(int n, int tile) { return (n + tile - 1) / tile; }
 
@@ -46,7 +46,7 @@ struct ForwardPlan {
 inline ForwardPlan forward_plan(int64_t B, int H, int Nq, int Nk, int D, bool general,
                                 int multiprocessors) {
   ForwardPlan p{};
-  p.width = padded_width(D);
+  p.width = long_width(D);
   p.keys = forward_keys(p.width, Nk, general);
   p.items = tiles_of(Nq, kGroups * sm90::kTile);
   p.tiles = tiles_of(Nk, p.keys);
@@ -55,6 +55,44 @@ inline ForwardPlan forward_plan(int64_t B, int H, int Nq, int Nk, int D, bool ge
   p.stages =
       static_cast<int>(std::min<int64_t>((sm90::kSharedLimit - queries) / stage, kMostTiles));
   p.shared_bytes = queries + p.stages * stage;
+  p.blocks = std::min<int64_t>(B * H * p.items, multiprocessors);
+  return p;
+}
+
+// ---- Backward
+
+// Columns of a product: keys, or queries in the pass by key, which has two sums in registers.
+constexpr int backward_columns(int width, bool by_key) {
+  if (!by_key) return width <= 80 ? 128 : 96;
+  return width <= 80 ? 80 : width == 96 ? 64 : 48;
+}
+
+// Rows of a head in the table of what each query needs: as many as either pass reads.
+constexpr int stats_rows(int Nq, int width) {
+  const int columns = backward_columns(width, true);
+  return std::max(tiles_of(Nq, columns) * columns, tiles_of(Nq, sm90::kTile) * sm90::kTile);
+}
+
+struct BackwardPlan {
+  int items;   // of a head: 128 rows each
+  int tiles;   // of the other side's columns
+  int stages;  // pairs of tiles in shared memory
+  int stats_rows;
+  int64_t shared_bytes, blocks;
+  bool general;  // bias, padding mask or dropout
+};
+
+inline BackwardPlan backward_plan(int64_t B, int H, int Nq, int Nk, int D, bool by_key,
+                                  int multiprocessors) {
+  BackwardPlan p{};
+  const int width = long_width(D), columns = backward_columns(width, by_key);
+  p.items = tiles_of(by_key ? Nk : Nq, kGroups * sm90::kTile);
+  p.tiles = tiles_of(by_key ? Nq : Nk, columns);
+  p.stats_rows = stats_rows(Nq, width);
+  const int64_t rows = 2 * kGroups * sm90::tile_bytes(sm90::kTile, width) + kLongBarrierBytes;
+  const int64_t stage = 2 * sm90::tile_bytes(columns, width);
+  p.stages = static_cast<int>(std::min<int64_t>((sm90::kSharedLimit - rows) / stage, kMostTiles));
+  p.shared_bytes = rows + p.stages * stage;
   p.blocks = std::min<int64_t>(B * H * p.items, multiprocessors);
   return p;
 }
