@@ -116,6 +116,46 @@ def test_constant_bias(sm90, bias, bias_dtype):
         assert torch.equal(mine.isnan(), exact.isnan())
 
 
+BIASES = [  # shape for B, H; B, Nq, H, D, Nk; dtype of q, k, v and of the bias
+    ((1, 2), (3, 66, 2, 64, 270), BF16, FP32),
+    ((1, 1), (2, 130, 2, 64, 258), BF16, BF16),
+    ((2, 2), (2, 66, 2, 80, 97), FP16, FP32),
+    ((2, 1), (2, 257, 3, 32, 20), FP16, FP16),
+    ((1, 1), (2, 65, 1, 128, 192), BF16, FP32),
+    ((1, 2), (1, 20, 2, 96, 260), BF16, BF16),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", BIASES, ids=str)
+def test_dbias(sm90, case):
+    matrices, (B, Nq, H, D, Nk), dtype, bias_dtype = case
+    problem = backward_only(
+        attention_problem, B, Nq, H, D, dtype, Nk=Nk, bias=(*matrices, Nq, Nk),
+        bias_dtype=bias_dtype
+    )  # fmt: skip
+    problem.inputs["bias"][..., 5, :] = -INF
+    problem.inputs["bias"][..., :, 7] = -INF
+    check(problem, "cuda", shape_class=f"sm90 long backward Nq{Nq} Nk{Nk} D{D} bias {matrices}")
+    dq, dk, dv, dbias = run(problem)
+    for nothing in (dq[:, 5], dk[:, 7], dv[:, 7], dbias[..., 5, :], dbias[..., 7]):
+        assert not nothing.any()
+
+
+@needs_kernels
+def test_a_batch_of_one_adds_nothing_to_dbias(sm90):
+    """Each item's own dbias and the shared one: the same terms, the latter added up."""
+    problem = backward_only(attention_problem, 3, 20, 2, 32, BF16, Nk=258, bias=(1, 2, 20, 258),
+                            bias_dtype=FP32, dropout_p=0.2)  # fmt: skip
+    q, k, v, bias = problem.inputs.values()
+    grads = [torch.randn(3, 20, 2, 32).to(BF16)]
+    each = run(problem, [q, k, v, bias.expand(3, -1, -1, -1).clone()], grads)
+    shared = run(problem, [q, k, v, bias], grads)
+    assert_bitwise_equal(shared[:3], each[:3])
+    assert_bitwise_equal(run(problem, [q, k, v, bias], grads)[3], shared[3])
+    torch.testing.assert_close(shared[3], each[3].double().sum(0, keepdim=True).float())
+
+
 # ---- Special values
 
 
@@ -187,7 +227,8 @@ def test_a_split_batch_gives_the_same_bits(sm90):
         ({"dtype": FP32}, "bf16 and fp16"),
         ({"D": 20}, "multiples of 8"),
         ({"D": 136}, "multiples of 8"),
-        ({"bias": (1, 1, 5, 257)}, "no dbias"),
+        ({"bias": (1, 1, 1, 257)}, "no dbias of one row"),
+        ({"bias": (1, 1, 5, 1)}, "no dbias of one row or column"),
     ],
     ids=str,
 )

@@ -72,7 +72,7 @@ OptTensor run_backward(const Device& device, const Tensor& like, Args* args, con
   const bool wanted = want_dbias || args->dq.data != nullptr || args->dk.data != nullptr ||
                       args->dv.data != nullptr;
   if (args->B == 0 || !wanted) return dbias;
-  const bool long90 = is_long(*args, 256) || (args->D > 64 && args->dbias == nullptr);
+  const bool long90 = is_long(*args, 256) || args->D > 64;
   switch (
       choose_cuda_path(op, device.architecture(),
                        long90 ? sm90_long_refuses_backward(*args) : sm90_refuses_backward(*args),

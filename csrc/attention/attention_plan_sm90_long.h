@@ -97,4 +97,36 @@ inline BackwardPlan backward_plan(int64_t B, int H, int Nq, int Nk, int D, bool 
   return p;
 }
 
+// ---- Gradient of the bias
+
+constexpr int kBiasColumns = 96;  // keys of a product
+
+struct BiasPlan {
+  int items, tiles;  // of a matrix: 128 queries x 96 keys each
+  int all;           // items of every matrix
+  int stages;        // pairs of a batch item and a head whose rows are in shared memory
+  int stats_rows;
+  int64_t shared_bytes, blocks;
+};
+
+inline int64_t bias_items(int64_t matrices, int Nq, int Nk) {
+  return matrices * tiles_of(Nq, kGroups * sm90::kTile) * tiles_of(Nk, kBiasColumns);
+}
+
+inline BiasPlan bias_plan(int64_t matrices, int Nq, int Nk, int D, int multiprocessors) {
+  BiasPlan p{};
+  const int width = long_width(D);
+  p.items = tiles_of(Nq, kGroups * sm90::kTile);
+  p.tiles = tiles_of(Nk, kBiasColumns);
+  p.all = static_cast<int>(bias_items(matrices, Nq, Nk));
+  p.stats_rows = stats_rows(Nq, width);
+  const int64_t stage =
+      2 * (kGroups * sm90::tile_bytes(sm90::kTile, width) + sm90::tile_bytes(kBiasColumns, width));
+  p.stages = static_cast<int>(
+      std::min<int64_t>((sm90::kSharedLimit - kLongBarrierBytes) / stage, kMostTiles));
+  p.shared_bytes = p.stages * stage + kLongBarrierBytes;
+  p.blocks = std::min<int64_t>(p.all, multiprocessors);
+  return p;
+}
+
 }  // namespace vitkernels::attention::sm90_long

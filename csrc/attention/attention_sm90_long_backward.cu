@@ -1,6 +1,7 @@
 // Backward of attention on Hopper's tensor cores (wgmma, TMA) for any number of queries and keys:
-// bf16 and fp16, head dims to 128 that are multiples of 8, every bias, padding mask, dropout; not
-// the gradient of a bias. Two passes of one kernel and what they need of each row:
+// bf16 and fp16, head dims to 128 that are multiples of 8, every bias, padding mask, dropout; the
+// gradient of a bias: attention_sm90_long_dbias.cu. Two passes of one kernel and what they need of
+// each row:
 //
 //   stats_kernel         lse in units of log2 and rowsum(dO O) of each query
 //   gradient_kernel<0>   64 queries a warpgroup, tiles of keys: S = Q K^T, dP = dO V^T,
@@ -269,7 +270,12 @@ void launch(const Device& device, const Args& a, const RowStats* stats) {
 Refusal sm90_long_refuses_backward(const Args& a) {
   const Refusal forward = sm90_long_refuses_forward(a);
   if (!forward.empty()) return forward;
-  if (a.dbias != nullptr) return "its backward of so many tokens or so wide heads has no dbias";
+  if (a.dbias != nullptr) {
+    if (a.dbias_rows != a.Nq || a.dbias_columns != a.Nk)
+      return "it has no dbias of one row or column for all";
+    if (bias_items(int64_t{a.dbias_batch} * a.dbias_heads, a.Nq, a.Nk) > INT32_MAX / 2)
+      return "it takes up to 2^30 tiles of dbias";
+  }
   if (static_cast<int64_t>(a.B) * a.H * tiles_of(a.Nk, kGroups * kTile) > INT32_MAX / 2)
     return "it takes up to 2^30 tiles of 128 keys";
   if (!tma_takes(a.dout, a, a.Nq) || !tma_takes(a.out, a, a.Nq))
@@ -289,6 +295,7 @@ void backward_sm90_long(const Device& device, const Tensor& like, const Args& a)
     launch<DType::kBF16>(device, a, stats);
   else
     launch<DType::kF16>(device, a, stats);
+  if (a.dbias != nullptr) dbias_sm90_long(device, a, stats);
 }
 
 }  // namespace vitkernels::attention

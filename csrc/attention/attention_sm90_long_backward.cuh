@@ -139,3 +139,10 @@ VK_DEVICE void store_gradient(Sums<WIDTH>& sums, float by, const HeadView& to, c
 }
 
 }  // namespace vitkernels::attention::sm90_long
+
+namespace vitkernels::attention {
+
+// attention_sm90_long_dbias.cu, for a dbias of Nq rows and Nk columns.
+void dbias_sm90_long(const Device& device, const Args& a, const sm90_long::RowStats* stats);
+
+}  // namespace vitkernels::attention
