@@ -191,4 +191,15 @@ PYBIND11_MODULE(_C, m) {
       py::arg("B"), py::arg("H"), py::arg("Nq"), py::arg("Nk"), py::arg("D"), py::arg("by_key"),
       py::arg("multiprocessors"),
       "Launch settings of attention's backward of many tokens on sm_90.");
+  m.def(
+      "attention_sm90_long_dbias_plan",
+      [](int64_t matrices, int Nq, int Nk, int D, int multiprocessors) {
+        namespace sm90 = vitkernels::attention::sm90_long;
+        const auto p = sm90::bias_plan(matrices, Nq, Nk, D, multiprocessors);
+        return py::dict("items"_a = p.items, "tiles"_a = p.tiles, "all"_a = p.all,
+                        "stages"_a = p.stages, "stats_rows"_a = p.stats_rows,
+                        "shared_bytes"_a = p.shared_bytes, "blocks"_a = p.blocks);
+      },
+      py::arg("matrices"), py::arg("Nq"), py::arg("Nk"), py::arg("D"), py::arg("multiprocessors"),
+      "Launch settings of the gradient of attention's bias of many tokens on sm_90.");
 }

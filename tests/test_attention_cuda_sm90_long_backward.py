@@ -289,6 +289,19 @@ def test_plans(D):
             assert rows * 2 * p["width"] < p["shared_bytes"] <= 232_448
 
 
+@needs_plans
+@pytest.mark.parametrize("D", range(8, 129, 8))
+def test_plans_of_dbias(D):
+    of_dbias = _native.build_facts().attention_sm90_long_dbias_plan
+    for N in range(1, 1601, 3):
+        p = of_dbias(12, N, N, D, 132)
+        assert (p["items"] - 1) * 128 < N <= p["items"] * 128
+        assert (p["tiles"] - 1) * 96 < N <= p["tiles"] * 96
+        assert p["all"] == 12 * p["items"] * p["tiles"] and p["blocks"] == min(p["all"], 132)
+        assert p["stats_rows"] == plan(N, N, D, True)["stats_rows"] and p["stages"] in (2, 3, 4)
+        assert p["stages"] * (4 * 64 + 2 * 96) * 2 * max(D, 64) < p["shared_bytes"] <= 232_448
+
+
 # ---- The compiled code
 
 
@@ -301,15 +314,43 @@ def instance(width, by_key):
     return {"HGMMA": products, "UTMALDG": loads, "LDL": 0, "STL": 0, "ATOM": 0, "RED.": 0}
 
 
-@pytest.mark.skipif(NVCC is None or disassembler() is None, reason="no nvcc or cuobjdump here")
-def test_instructions_are_those_of_the_plan():
-    name = "attention_attention_sm90_long_backward.cu.cuda.o"
+def compiled(part):
+    """{parameters of a kernel with products: lines}"""
+    name = f"attention_attention_sm90_long_{part}.cu.cuda.o"
     code = sass(ROOT / "build/native/inplace/obj" / name, "sm_90a")
-    kernels = {k: v for k, v in code.items() if k.startswith("gradient_kernel")}
-    seen = set()
-    for kernel, lines in kernels.items():
-        dtype, width, columns, by_key = map(int, kernel.partition("<")[2].rstrip(">").split(","))
-        seen.add((dtype, width, columns, by_key))
+    return {
+        tuple(map(int, kernel.partition("<")[2].rstrip(">").split(","))): lines
+        for kernel, lines in code.items()
+        if "<" in kernel
+    }
+
+
+needs_code = pytest.mark.skipif(
+    NVCC is None or disassembler() is None, reason="no nvcc or cuobjdump here"
+)
+
+
+@needs_code
+def test_instructions_are_those_of_the_plan():
+    kernels = compiled("backward")
+    for (dtype, width, columns, by_key), lines in kernels.items():
         expected = instance(width, by_key)
-        assert {word: sum(word in line for line in lines) for word in expected} == expected, kernel
-    assert seen == {(t, w, COLUMNS[w][k], k) for t in (1, 2) for w in COLUMNS for k in (0, 1)}
+        counts = {word: sum(word in line for line in lines) for word in expected}
+        assert counts == expected, (dtype, width, columns, by_key)
+    assert set(kernels) == {
+        (t, w, COLUMNS[w][k], k) for t in (1, 2) for w in COLUMNS for k in (0, 1)
+    }
+
+
+@needs_code
+def test_instructions_of_dbias_are_those_of_the_plan():
+    """S and dP. Loads: two operands of the queries and of the keys, in one part or two; ptxas may
+    write out the loops over them."""
+    kernels = compiled("dbias")
+    for (dtype, width), lines in kernels.items():
+        words = ("HGMMA", "LDL", "STL", "ATOM", "RED.")
+        counts = {word: sum(word in line for line in lines) for word in words}
+        assert counts == dict.fromkeys(words, 0) | {"HGMMA": 2 * width // 16}, (dtype, width)
+        loads, parts = sum("UTMALDG" in line for line in lines), 2 if width > 64 else 1
+        assert loads >= 2 * parts and loads % parts == 0, (dtype, width)
+    assert set(kernels) == {(t, w) for t in (1, 2) for w in COLUMNS}
