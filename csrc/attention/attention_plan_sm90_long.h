@@ -1,5 +1,5 @@
-// Launch settings of attention_sm90_long.cu (forward) and attention_sm90_long_backward.cu: plain
-// host arithmetic, so that tests read them without a GPU.
+// Launch settings of attention_sm90_long.cu (forward), attention_sm90_long_backward.cu and
+// attention_sm90_long_dbias.cu: plain host arithmetic, so that tests read them without a GPU.
 #pragma once
 
 #include <algorithm>

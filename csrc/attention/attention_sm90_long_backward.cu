@@ -12,15 +12,15 @@
 // Everything of size N x N stays in registers, where P and dS are the A operand of the products
 // that follow. Sums have one order and no two threads write one element: the same bits each time.
 // One pass would compute 5 products instead of 7, but add dQ up in fp32 in global memory in an
-// order that blocks wait for: B 64, H 12, N 577, D 64: 7 reads and writes of 113 MB.
+// order that blocks wait for: B 64, H 12, N 577, D 64: 5 reads and writes of 113 MB.
 //
 // A block stays and goes through items of 128 rows of a head. Warpgroups 0 and 1 multiply; a tile's
 // last two products run while the next tile's first two are begun, exponentials beside dP. One lane
 // of warp 8 loads: the rows of each warpgroup once an item, tiles of the other side through a ring.
 //
-// That shape: 164 GFLOP are asked for, 290 computed with both passes and padding (rows to 640,
-// columns to 640 by query, 672 by key) = 367 us at 790 TFLOP/s: at best 446 useful TFLOP/s.
-// Exponentials, twice: 2 x 69 us. Least bytes 8 tensors of 57 MB = 105 us at 4.3 TB/s.
+// That shape: 164 GFLOP are asked for, 282 computed with both passes and padding (rows and columns
+// to 640) = 357 us at 790 TFLOP/s: at best 459 useful TFLOP/s. Exponentials, twice: 2 x 69 us.
+// Least bytes 8 tensors of 57 MB = 105 us at 4.3 TB/s.
 //
 // Grid: a block for each multiprocessor, 384 threads; 240 registers a thread that multiplies. Not
 // measured yet. Launch settings: attention_plan_sm90_long.h.

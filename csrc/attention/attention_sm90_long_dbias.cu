@@ -8,8 +8,9 @@
 // loads the rows of the next pair while this one's are multiplied.
 //
 // B 64, H 12, N 577, D 64, bias (1, H, N, N): 65 GFLOP asked for, 84 with padding = 107 us at
-// 790 TFLOP/s, besides the two passes of attention_sm90_long_backward.cu. Each pair of a tile
-// brings 57 KB for 6.3 MFLOP: 1.5 GB from L2, least bytes 4 tensors of 57 MB and dbias.
+// 790 TFLOP/s, besides the two passes of attention_sm90_long_backward.cu. Each pair of a part
+// brings 57 KB for 3.1 MFLOP, 1.5 GB in all, from L2: about 0.3 ms at 5 TB/s, which bounds it.
+// Least bytes: 4 tensors of 57 MB and dbias.
 //
 // Grid: a block for each multiprocessor, 384 threads. Not measured yet. Launch settings:
 // attention_plan_sm90_long.h.
