@@ -11,6 +11,7 @@
 #include "attention/attention_plan_sm80_long.h"
 #include "attention/attention_plan_sm90.h"
 #include "attention/attention_plan_sm90_backward.h"
+#include "attention/attention_plan_sm90_long.h"
 #include "common/cpu_isa.h"
 #include "distillation_loss/distillation_loss_plan.h"
 #include "linear_gelu/linear_gelu_plan.h"
@@ -210,4 +211,41 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_sm90_backward_place", &vitkernels::attention::sm90_backward::place_of_score,
         py::arg("width"), py::arg("i"), py::arg("j"),
         "Where element (i, j) of dS lies in its matrix in scratch memory.");
+  m.def(
+      "attention_sm90_long_plan",
+      [](int64_t B, int H, int Nq, int Nk, int D, bool general, int multiprocessors) {
+        namespace sm90 = vitkernels::attention::sm90_long;
+        const auto p = sm90::forward_plan(B, H, Nq, Nk, D, general, multiprocessors);
+        return py::dict("width"_a = p.width, "keys"_a = p.keys, "items"_a = p.items,
+                        "tiles"_a = p.tiles, "stages"_a = p.stages,
+                        "shared_bytes"_a = p.shared_bytes, "blocks"_a = p.blocks);
+      },
+      py::arg("B"), py::arg("H"), py::arg("Nq"), py::arg("Nk"), py::arg("D"), py::arg("general"),
+      py::arg("multiprocessors"),
+      "Launch settings of attention's forward of many tokens on sm_90.");
+  m.def(
+      "attention_sm90_long_backward_plan",
+      [](int64_t B, int H, int Nq, int Nk, int D, bool by_key, int multiprocessors) {
+        namespace sm90 = vitkernels::attention::sm90_long;
+        const auto p = sm90::backward_plan(B, H, Nq, Nk, D, by_key, multiprocessors);
+        const int width = sm90::long_width(D);
+        return py::dict("width"_a = width, "columns"_a = sm90::backward_columns(width, by_key),
+                        "items"_a = p.items, "tiles"_a = p.tiles, "stages"_a = p.stages,
+                        "stats_rows"_a = p.stats_rows, "shared_bytes"_a = p.shared_bytes,
+                        "blocks"_a = p.blocks);
+      },
+      py::arg("B"), py::arg("H"), py::arg("Nq"), py::arg("Nk"), py::arg("D"), py::arg("by_key"),
+      py::arg("multiprocessors"),
+      "Launch settings of attention's backward of many tokens on sm_90.");
+  m.def(
+      "attention_sm90_long_dbias_plan",
+      [](int64_t matrices, int Nq, int Nk, int D, int multiprocessors) {
+        namespace sm90 = vitkernels::attention::sm90_long;
+        const auto p = sm90::bias_plan(matrices, Nq, Nk, D, multiprocessors);
+        return py::dict("items"_a = p.items, "tiles"_a = p.tiles, "all"_a = p.all,
+                        "stages"_a = p.stages, "stats_rows"_a = p.stats_rows,
+                        "shared_bytes"_a = p.shared_bytes, "blocks"_a = p.blocks);
+      },
+      py::arg("matrices"), py::arg("Nq"), py::arg("Nk"), py::arg("D"), py::arg("multiprocessors"),
+      "Launch settings of the gradient of attention's bias of many tokens on sm_90.");
 }

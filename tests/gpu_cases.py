@@ -188,6 +188,11 @@ def _attentions() -> Iterator[Case]:
             yield from _cases("attention_qkvpacked", f"N{N} D64", 1, N, 2, 64, **options)
     for bias in ((2, 3, 197, 197), (1, 3, 197, 197), (1, 1, 197, 197)):
         yield from _cases("attention", f"N197 D64 bias {bias}", 2, 197, 3, 64, bias=bias)
+    for bias in ((1, 3, 577, 577), (2, 1, 577, 577), (2, 3, 1, 577)):
+        yield from _cases("attention", f"N577 D64 bias {bias}", 2, 577, 3, 64, bias=bias)
+    yield from _cases("attention_qkvpacked", "N577 D64 dropout", 2, 577, 3, 64, dropout_p=0.1)
+    many = {"Nk": 1370, "key_padding_mask": (2, 1370), "dtypes": (BF16,)}
+    yield from _cases("attention", "N300 Nk1370 D80 padding", 2, 300, 3, 80, **many)
     padded = {"Nk": 257, "key_padding_mask": (2, 257), "dtypes": (BF16,)}
     yield from _cases("attention", "N50 Nk257 D64 padding", 2, 50, 3, 64, **padded)
     yield from _cases("attention_qkvpacked", "N197 D64 dropout", 2, 197, 3, 64, dropout_p=0.1)
@@ -276,6 +281,9 @@ def _small() -> Iterator[Case]:
         yield from _cases("linear_gelu", "M10 K24 N40", (2, 5, 24), 40, **one)
         yield from _cases("linear", "M10 K24 N40", (2, 5, 24), 40, **one)
     yield from _cases("attention_qkvpacked", "N50 D64", 1, 50, 1, 64, dtypes=(FP16,))
+    for D in (64, 72):
+        long = {"Nk": 280, "bias": (1, 1, 9, 280), "dtypes": (BF16,)}
+        yield from _cases("attention", f"N9 Nk280 D{D} bias", 2, 9, 1, D, **long)
     yield from _cases("window_attention", "window 7 shifted D32", 7, 3, D=32, B=1, dtypes=(FP16,))
 
 

@@ -237,9 +237,6 @@ def test_a_split_batch_gives_the_same_bits(sm90):
     ("options", "why"),
     [
         ({"dtype": FP32}, "bf16 and fp16"),
-        ({"N": 257}, "256 queries and keys"),
-        ({"Nk": 257}, "256 queries and keys"),
-        ({"D": 72}, "head dims to 64"),
         ({"D": 20}, "multiples of 8"),
         ({"dropout_p": 0.5}, "no dropout"),
         ({"key_padding_mask": (2, 5)}, "no key_padding_mask"),

@@ -2,6 +2,7 @@
 // and registration. Kernels: attention_simt.cu, _sm80*.cu, _sm90*.cu.
 #include "attention/attention_cuda.h"
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 
@@ -33,12 +34,17 @@ void check_here(const Tensor& t, const char* op, const char* name) {
              t.size(d));
 }
 
+// The kernels of few tokens go first; where they refuse, those of many may serve.
+bool is_long(const Args& args, int most_tokens) { return std::max(args.Nq, args.Nk) > most_tokens; }
+
 void run_forward(const Device& device, const Tensor& like, const Args& args, const char* op) {
   if (args.B == 0) return;
-  switch (choose_cuda_path(op, device.architecture(), sm90_refuses_forward(args),
+  const bool long90 = is_long(args, 272);
+  switch (choose_cuda_path(op, device.architecture(),
+                           long90 ? sm90_long_refuses_forward(args) : sm90_refuses_forward(args),
                            sm80_refuses_forward(args))) {
     case CudaPath::kSm90:
-      forward_sm90(device, like, args);
+      long90 ? forward_sm90_long(device, like, args) : forward_sm90(device, like, args);
       break;
     case CudaPath::kSm80:
       forward_sm80(device, like, args);
@@ -66,10 +72,13 @@ OptTensor run_backward(const Device& device, const Tensor& like, Args* args, con
   const bool wanted = want_dbias || args->dq.data != nullptr || args->dk.data != nullptr ||
                       args->dv.data != nullptr;
   if (args->B == 0 || !wanted) return dbias;
-  switch (choose_cuda_path(op, device.architecture(), sm90_refuses_backward(*args),
-                           sm80_refuses_backward(*args))) {
+  const bool long90 = is_long(*args, 256) || args->D > 64;
+  switch (
+      choose_cuda_path(op, device.architecture(),
+                       long90 ? sm90_long_refuses_backward(*args) : sm90_refuses_backward(*args),
+                       sm80_refuses_backward(*args))) {
     case CudaPath::kSm90:
-      backward_sm90(device, like, *args);
+      long90 ? backward_sm90_long(device, like, *args) : backward_sm90(device, like, *args);
       break;
     case CudaPath::kSm80:
       backward_sm80(device, like, *args);

@@ -51,13 +51,17 @@ Refusal sm80_refuses_forward(const Args& args);
 Refusal sm80_refuses_backward(const Args& args);
 Refusal sm90_refuses_forward(const Args& args);
 Refusal sm90_refuses_backward(const Args& args);
+Refusal sm90_long_refuses_forward(const Args& args);
+Refusal sm90_long_refuses_backward(const Args& args);
 
 void forward_simt(const Device& device, const Tensor& like, const Args& args);
 void forward_sm80(const Device& device, const Tensor& like, const Args& args);
 void forward_sm90(const Device& device, const Tensor& like, const Args& args);
+void forward_sm90_long(const Device& device, const Tensor& like, const Args& args);
 void backward_simt(const Device& device, const Tensor& like, const Args& args);
 void backward_sm80(const Device& device, const Tensor& like, const Args& args);
 void backward_sm90(const Device& device, const Tensor& like, const Args& args);
+void backward_sm90_long(const Device& device, const Tensor& like, const Args& args);
 
 // dbias where all keys of a row share an element. delta, rowsum(P dP): of query i of head h at h *
 // head_stride + i * row_stride.

@@ -25,20 +25,6 @@ namespace {
 
 using namespace sm90;
 
-// After `full`, a stage is there to read; after `empty`, to load into.
-struct Ring {
-  MBarrier *full, *empty;
-  int stages;
-  int at = 0;  // the stage, and the parity of its phase in the next byte: registers are scarce
-
-  VK_DEVICE int slot() const { return at & 0xff; }
-  VK_DEVICE int phase() const { return at >> 8; }
-  VK_DEVICE void advance() {
-    ++at;
-    if (slot() == stages) at = (phase() ^ 1) << 8;
-  }
-};
-
 // What every role knows of the block's shared memory.
 struct Shared {
   char *pairs, *values;
@@ -364,17 +350,6 @@ __global__ void __launch_bounds__(kThreads<WIDTH, COLUMNS, BIAS>, 1)
 
 // ---- Host
 
-TensorMap map_of(const HeadView& view, const Args& a, int N, int rows, int columns) {
-  // The stride of a dimension of size 1 is never used, but must be one that TMA takes.
-  const auto stride = [](int size, int64_t given) { return size == 1 ? int64_t{8} : given; };
-  return make_tensor_map(view.data, a.dtype,
-                         {4,
-                          {a.D, N, a.H, a.B},
-                          {1, stride(N, view.row), stride(a.H, view.head), stride(a.B, view.batch)},
-                          {columns, box_rows(rows), 1, 1}},
-                         static_cast<Swizzle>(2 * columns));
-}
-
 Plan plan_of(const Args& a, int multiprocessors) {
   const bool own = a.B > 1 && a.bias.batch != 0;
   const int size = a.bias.data == nullptr ? 0 : static_cast<int>(size_of(a.bias.dtype));
@@ -428,14 +403,6 @@ void launch(const Device& device, const Args& a) {
     default:
       return launch<TYPE, 128>(device, a, p);
   }
-}
-
-bool tma_takes(const HeadView& view, const Args& a, int N) {
-  const auto fits = [](int size, int64_t stride) {
-    return size == 1 || (stride % 8 == 0 && stride > 0 && stride < int64_t{1} << 39);
-  };
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && fits(a.B, view.batch) &&
-         fits(N, view.row) && fits(a.H, view.head);
 }
 
 }  // namespace

@@ -76,6 +76,20 @@ VK_DEVICE void load_tile(const Tile& tile, const Maps& maps, int which, MBarrier
   }
 }
 
+// After `full`, a stage is there to read; after `empty`, to load into.
+struct Ring {
+  MBarrier *full, *empty;
+  int stages;
+  int at = 0;  // the stage, and the parity of its phase in the next byte: registers are scarce
+
+  VK_DEVICE int slot() const { return at & 0xff; }
+  VK_DEVICE int phase() const { return at >> 8; }
+  VK_DEVICE void advance() {
+    ++at;
+    if (slot() == stages) at = (phase() ^ 1) << 8;
+  }
+};
+
 template <DType TYPE>
 VK_DEVICE uint32_t pack(float low, float high) {
   return TYPE == DType::kBF16 ? pack_bf16(low, high) : pack_f16(low, high);
@@ -391,6 +405,27 @@ VK_DEVICE void store_rows(const Args& a, int index, const Softmax& rows, int row
         store_16(out + query * a.out.row + column, make_uint4(w[0], w[1], w[2], w[3]));
     }
   }
+}
+
+// ---- Of the launchers
+
+inline TensorMap map_of(const HeadView& view, const Args& a, int N, int rows, int columns) {
+  // The stride of a dimension of size 1 is never used, but must be one that TMA takes.
+  const auto stride = [](int size, int64_t given) { return size == 1 ? int64_t{8} : given; };
+  return make_tensor_map(view.data, a.dtype,
+                         {4,
+                          {a.D, N, a.H, a.B},
+                          {1, stride(N, view.row), stride(a.H, view.head), stride(a.B, view.batch)},
+                          {columns, box_rows(rows), 1, 1}},
+                         static_cast<Swizzle>(2 * columns));
+}
+
+inline bool tma_takes(const HeadView& view, const Args& a, int N) {
+  const auto fits = [](int size, int64_t stride) {
+    return size == 1 || (stride % 8 == 0 && stride > 0 && stride < int64_t{1} << 39);
+  };
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && fits(a.B, view.batch) &&
+         fits(N, view.row) && fits(a.H, view.head);
 }
 
 }  // namespace vitkernels::attention::sm90
