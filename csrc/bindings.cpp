@@ -11,6 +11,7 @@
 #include "attention/attention_plan_sm90.h"
 #include "attention/attention_plan_sm90_backward.h"
 #include "common/cpu_isa.h"
+#include "distillation_loss/distillation_loss_plan.h"
 #include "window_attention/window_attention_plan_simt.h"
 #include "window_attention/window_attention_plan_sm80_large.h"
 #include "window_attention/window_attention_plan_sm90.h"
@@ -76,6 +77,16 @@ PYBIND11_MODULE(_C, m) {
       py::arg("B"), py::arg("H"), py::arg("Nq"), py::arg("Nk"), py::arg("D"), py::arg("bias_size"),
       py::arg("bias_of_batch"), py::arg("multiprocessors"),
       "Launch settings of attention's sm_90 forward; empty where it refuses these sizes.");
+  m.def(
+      "distillation_loss_plan",
+      [](int64_t rows, int64_t K, bool aligned, bool one_type) {
+        const auto p = vitkernels::distillation_loss::plan(rows, K, aligned, one_type);
+        return py::dict("fixed_types"_a = p.fixed_types, "vectorized"_a = p.vectorized,
+                        "block_per_row"_a = p.block_per_row, "chunks"_a = p.chunks,
+                        "threads"_a = p.threads, "blocks"_a = p.blocks);
+      },
+      py::arg("rows"), py::arg("K"), py::arg("aligned"), py::arg("one_type"),
+      "Launch settings of distillation_loss's CUDA kernels.");
   m.def(
       "window_attention_simt_plan",
       [](int64_t windows, int heads, int N, int D, int table_rows, int multiprocessors,

@@ -249,7 +249,7 @@ def test_threads_do_not_change_bits(backend, kind):
 def test_a_class_id_beyond_the_classes(backend, bad):
     problem = distillation_problem((6, 20))
     problem.options["targets"][4] = bad
-    if backend == "triton":
+    if backend in ("triton", "cuda"):
         loss, *grads = run(problem, backend)
         assert loss.isnan() and torch.isfinite(grads[0]).all()
         return

@@ -8,30 +8,18 @@
 
 #include "common/scratch.h"
 #include "common/stable.h"
+#include "distillation_loss/distillation_loss_checks.h"
 
 namespace vitkernels {
 namespace {
 
+using namespace distillation_loss;
+
 constexpr int64_t kGrain = 1 << 15;  // elements a thread should have at least
-constexpr double kFp16Unit = 1024.0;
 
 const DistillationTable& kernels() { return VK_PICK_TABLE(distillation_loss); }
 
 RowsArg arg(const Rows& rows) { return {const_cast<void*>(rows.data), rows.stride, rows.dtype}; }
-
-Rows head(const Tensor& t, const Tensor& like, const char* op, const char* name) {
-  VK_CHECK(shape_of(t) == shape_of(like), op, name, " must have the shape of logits, (",
-           like.size(0), ", ", like.size(1), ")");
-  return as_rows(t, op, name);
-}
-
-// How many times the gradients are kept enlarged: reference.py says why.
-double unit(DType dtype, int64_t count) {
-  if (dtype != DType::kF16) return 1.0;
-  double power = 1.0;
-  while (power < static_cast<double>(count)) power *= 2.0;
-  return kFp16Unit * power;
-}
 
 OptTensor gradient(bool wanted, const Tensor& like, int64_t K, DType dtype, RowsArg* where) {
   if (!wanted) return std::nullopt;
@@ -43,8 +31,6 @@ OptTensor gradient(bool wanted, const Tensor& like, int64_t K, DType dtype, Rows
 // Class ids as they lie, or a dense copy that `owner` keeps alive.
 const int64_t* class_ids(const Tensor& targets, int64_t B, int64_t K, const char* op,
                          OptTensor* owner) {
-  VK_CHECK(targets.scalar_type() == ScalarType::Long && targets.size(0) == B, op,
-           "targets must be int64 class ids of shape (", B, ",)");
   *owner = torch::stable::contiguous(targets);
   const int64_t* ids = static_cast<const int64_t*>((*owner)->const_data_ptr());
   for (int64_t row = 0; row < B; ++row)
@@ -53,24 +39,12 @@ const int64_t* class_ids(const Tensor& targets, int64_t B, int64_t K, const char
   return ids;
 }
 
-void check_number(bool fine, const char* op, const char* name, const char* expected, double got) {
-  VK_CHECK(fine, op, name, " must be ", expected, ", got ", got);
-}
-
 std::tuple<Tensor, OptTensor, OptTensor> distillation_loss_fwd(
     Tensor logits, Tensor distill_logits, Tensor teacher_logits, Tensor targets, double alpha,
     double temperature, bool hard, double label_smoothing, bool per_class,
     std::vector<bool> grad_mask) {
   const char* op = "distillation_loss_fwd";
-  VK_CHECK(logits.dim() == 2 && logits.size(0) >= 1 && logits.size(1) >= 1, op,
-           "logits must be (B, K) with B, K >= 1, got ", logits.dim(), " dimensions of ",
-           logits.numel(), " values");
-  VK_CHECK(grad_mask.size() == 2, op, "grad_mask must have 2 entries, got ", grad_mask.size());
-  check_number(alpha >= 0.0 && alpha <= 1.0, op, "alpha", "in [0, 1]", alpha);
-  check_number(label_smoothing >= 0.0 && label_smoothing <= 1.0, op, "label_smoothing", "in [0, 1]",
-               label_smoothing);
-  check_number(temperature > 0.0 && std::isfinite(temperature), op, "temperature",
-               "positive and finite", temperature);
+  check_forward(logits, targets, alpha, temperature, label_smoothing, grad_mask, op);
   const int64_t B = logits.size(0), K = logits.size(1);
   const Rows x = head(logits, logits, op, "logits");
   const Rows distill = head(distill_logits, logits, op, "distill_logits");
@@ -79,8 +53,6 @@ std::tuple<Tensor, OptTensor, OptTensor> distillation_loss_fwd(
   DistillationArgs args{};
   OptTensor ids;
   std::optional<Rows> soft;
-  VK_CHECK(targets.dim() == 1 || targets.dim() == 2, op, "targets must be (B,) or (B, K), got ",
-           targets.dim(), " dimensions");
   if (targets.dim() == 1) {
     args.ids = class_ids(targets, B, K, op, &ids);
   } else {
@@ -94,12 +66,11 @@ std::tuple<Tensor, OptTensor, OptTensor> distillation_loss_fwd(
   args.hard = hard;
   args.label_smoothing = static_cast<float>(label_smoothing);
   args.inverse_temperature = static_cast<float>(1.0 / temperature);
-  const int64_t divisor = per_class && !hard ? B * K : B;
-  args.class_weight = (1.0 - alpha) / static_cast<double>(B);
-  args.distill_weight = alpha / static_cast<double>(divisor);
-  args.class_grad = static_cast<float>(args.class_weight * unit(x.dtype, B));
-  args.distill_grad = static_cast<float>(args.distill_weight * (hard ? 1.0 : temperature) *
-                                         unit(x.dtype, per_class ? B * K : B));
+  const Weights w = weights(x.dtype, B, K, alpha, temperature, hard, per_class);
+  args.class_weight = w.class_weight;
+  args.distill_weight = w.distill_weight;
+  args.class_grad = static_cast<float>(w.class_grad);
+  args.distill_grad = static_cast<float>(w.distill_grad);
   OptTensor dlogits = gradient(grad_mask[0], logits, K, x.dtype, &args.dlogits);
   OptTensor ddistill = gradient(grad_mask[1], distill_logits, K, x.dtype, &args.ddistill);
   std::vector<double> losses(static_cast<size_t>(B));
@@ -117,8 +88,6 @@ std::tuple<Tensor, OptTensor, OptTensor> distillation_loss_fwd(
 
 OptTensor scaled(const OptTensor& kept, const Tensor& dloss, bool per_class, const char* op,
                  const char* name) {
-  VK_CHECK(kept.has_value() && kept->dim() == 2 && kept->numel() > 0, op, name,
-           " must be given as (B, K) when output_mask asks for it");
   const DType dtype = dtype_of(*kept, op, name);
   const Tensor in = torch::stable::contiguous(*kept);
   Tensor out = empty_like_shape(in, shape_of(in), in.scalar_type());
@@ -136,10 +105,7 @@ std::tuple<OptTensor, OptTensor> distillation_loss_bwd(Tensor dloss, OptTensor d
                                                        OptTensor ddistill, bool per_class,
                                                        std::vector<bool> output_mask) {
   const char* op = "distillation_loss_bwd";
-  VK_CHECK(output_mask.size() == 2, op, "output_mask must have 2 entries, got ",
-           output_mask.size());
-  VK_CHECK(dloss.scalar_type() == ScalarType::Float && dloss.numel() == 1 && dloss.dim() == 0, op,
-           "dloss must be a float32 scalar");
+  check_backward(dloss, {dlogits, ddistill}, output_mask, op);
   OptTensor dx, dz;
   if (output_mask[0]) dx = scaled(dlogits, dloss, false, op, "dlogits");
   if (output_mask[1]) dz = scaled(ddistill, dloss, per_class, op, "ddistill");
