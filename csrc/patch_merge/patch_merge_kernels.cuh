@@ -1,0 +1,523 @@
+// patch_merge_layer_norm for NVIDIA GPUs: row (b, i, j) of the merged map holds the C channels of
+// pixels (2i + s % 2, 2j + s / 2) of x, s = 0..3, zeros beyond an odd edge; y = LN(row).
+//
+// Algorithm: a row is read once, from where its pixels lie, into registers, eight channels at a
+//   time; mean and variance are two passes over the registers, in fp32. The backward reads x and dy
+//   once and writes dx to the same pixels: a pixel belongs to one row, so nothing is added up
+//   there. Each thread keeps the sums over rows of dweight and dbias for its columns, blocks write
+//   them, and finish_kernel adds them in a fixed order: no atomics.
+// Grid: 1..32 lanes a row up to C = 256, a block a row up to C = 1024; beyond, where C % 8 != 0,
+// and
+//   for a y wider than x, a block walks the row and reads it again in each pass. The forward
+//   strides over rows; the backward's grid is persistent (patch_merge_plan.h).
+// Memory per block: 512 B; the backward adds 32 C bytes where a warp or less has a row.
+// Limits: any size, C up to 2^28. 16-byte accesses where C % 8 == 0: an operand whose pixels do not
+//   begin on 16-byte lines is copied first, so that bits do not depend on where it lies.
+// Floor: bytes per element of x in 16 bits: forward 4 (x in, y out), backward 6 (dy, x in, dx out).
+//   Swin-T's first merge, B128 of 56 x 56 x 96, at 4.3 TB/s: 36 and 54 us. Not measured.
+#pragma once
+
+#include "common/device.cuh"
+#include "patch_merge/patch_merge_plan.h"
+
+namespace vitkernels {
+namespace {
+
+using patch_merge::kThreads;
+using patch_merge::Plan;
+
+struct MapView {  // (B, H, W, C) with unit channel stride; null data: absent
+  void* data;
+  int64_t stride_b, stride_h, stride_w;
+  DType dtype;
+};
+
+struct RowsView {  // (rows, 4 C) with unit column stride
+  void* data;
+  int64_t stride;
+  DType dtype;
+};
+
+struct Parameter {  // (4 C,); null data: absent
+  const void* data;
+  DType dtype;
+};
+
+struct MapSize {
+  int64_t rows, H, W;
+  int C;
+};
+
+struct ForwardArgs {
+  MapView x;
+  RowsView y;
+  Parameter weight, bias;
+  float *mean, *rstd;
+  MapSize size;
+  int lanes;
+  float eps;
+};
+
+struct BackwardArgs {
+  MapView x, dx;
+  RowsView y;  // dy
+  Parameter weight;
+  const float *mean, *rstd;
+  float* partial;  // (dweight, dbias) x blocks x 4 C; null: none wanted
+  MapSize size;
+  int lanes;
+};
+
+// ---- Widths fixed at compile time
+
+// Those that models use: x and y alike, or y in 16 bits of an fp32 x (autocast). Which of the two
+// 16-bit formats it is, is asked for every eight elements. kAny asks for the width too.
+enum class Widths { kAny, k16, k32, k16Of32 };
+
+template <Widths WIDTHS, class Args>
+__host__ __device__ __forceinline__ void set_widths(Args& a) {
+  const auto narrow = [](DType t) { return t == DType::kBF16 ? DType::kBF16 : DType::kF16; };
+  if (WIDTHS == Widths::kAny) return;
+  a.x.dtype = WIDTHS == Widths::k16 ? narrow(a.x.dtype) : DType::kF32;
+  a.y.dtype = WIDTHS == Widths::k32 ? DType::kF32 : narrow(a.y.dtype);
+}
+
+// ---- Rows and their pixels
+
+// The threads that have a row: some lanes of a warp, or the block.
+template <bool BLOCK>
+struct Team {
+  int rank, size;
+  int64_t first, step;  // row of the warp's (block's) first team, and from there to its next one
+  int offset;           // of this team from the first
+  float* partial;       // shared: two buffers of 2 x 32 floats, used in turn
+  int turn = 0;
+
+  VK_DEVICE Team(int lanes, float* partial) : partial(partial) {
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    if constexpr (BLOCK) {
+      rank = thread, size = threads, first = blockIdx.x, step = gridDim.x, offset = 0;
+    } else {
+      const int teams = threads / lanes;
+      rank = thread % lanes, size = lanes, offset = thread % kWarp / lanes;
+      first = static_cast<int64_t>(blockIdx.x) * teams + thread / kWarp * (kWarp / lanes);
+      step = static_cast<int64_t>(gridDim.x) * teams;
+    }
+  }
+
+  template <int N>
+  VK_DEVICE void sum(float (&v)[N]) {
+    if constexpr (BLOCK) {
+      sum_over_block(v, partial + turn * 2 * kWarp);
+      turn ^= 1;
+    } else {
+      sum_over_lanes(v, size);
+    }
+  }
+};
+
+// A row of the merged map. A team past the last one goes on with a row of length 0, so that its
+// warp stays together.
+struct Patch {
+  int64_t row;
+  int length;  // 4 C
+  int64_t b, h, w;
+  bool below, right;  // whether the map goes on there
+
+  VK_DEVICE Patch(const MapSize& size, int64_t r) : row(r < size.rows ? r : 0) {
+    length = r < size.rows ? 4 * size.C : 0;
+    const int64_t rows_h = (size.H + 1) / 2, rows_w = (size.W + 1) / 2;
+    const int64_t above = divide(row, rows_w);
+    b = divide(above, rows_h);
+    h = 2 * (above - b * rows_h);
+    w = 2 * (row - above * rows_w);
+    below = h + 1 < size.H;
+    right = w + 1 < size.W;
+  }
+};
+
+// Where a column of a row lies: which of the four pixels, and which channel.
+struct Place {
+  int pixel, channel;
+  VK_DEVICE Place(int column, int C) {
+    pixel = (column >= C) + (column >= 2 * C) + (column >= 3 * C);
+    channel = column - pixel * C;
+  }
+  VK_DEVICE bool is_in(const Patch& patch) const {
+    return (pixel % 2 == 0 || patch.below) && (pixel < 2 || patch.right);
+  }
+  // Of the pixel's first channel. The patch's own part is one for all places of a row.
+  VK_DEVICE int64_t offset(const Patch& patch, const MapView& map) const {
+    const int64_t corner = patch.b * map.stride_b + patch.h * map.stride_h + patch.w * map.stride_w;
+    return corner + (pixel % 2 ? map.stride_h : 0) + (pixel >= 2 ? map.stride_w : 0);
+  }
+};
+
+// `columns` of a row, all in one pixel, as columns of that pixel; beyond the map's edge there are
+// none.
+VK_DEVICE Columns<true> in_pixel(const Columns<true>& columns, const Place& place,
+                                 const Patch& patch, int C) {
+  Columns<true> of_pixel(0, 0, 1, 0);
+  of_pixel.first = place.channel;
+  of_pixel.end = columns.holds(0) && place.is_in(patch) ? C : 0;
+  return of_pixel;
+}
+
+VK_DEVICE float load_one(const void* data, DType dtype, int64_t index) {
+  if (is_wide(dtype)) return static_cast<const float*>(data)[index];
+  const uint32_t bits = static_cast<const uint16_t*>(data)[index];
+  return dtype == DType::kBF16 ? bits_to_float(bits << 16) : unpack_f16_low(bits);
+}
+
+// N chunks of a row of the map, from chunk `first`.
+template <bool VEC, int N>
+VK_DEVICE void load_patch(const MapView& map, const Patch& patch, int C, int rank, int size,
+                          int first, float (&z)[N][8]) {
+  if constexpr (VEC) {
+    Raw8 raw[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const Columns<VEC> columns(first + i, rank, size, patch.length);
+      const Place place(columns.first, C);
+      raw[i] =
+          load_raw(element(static_cast<const void*>(map.data), place.offset(patch, map), map.dtype),
+                   map.dtype, in_pixel(columns, place, patch, C));
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) to_floats(raw[i], map.dtype, z[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const Columns<VEC> columns(first + i, rank, size, patch.length);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const Place place(columns[j], C);
+        z[i][j] = columns.holds(j) && place.is_in(patch)
+                      ? load_one(map.data, map.dtype, place.offset(patch, map) + place.channel)
+                      : 0.0f;
+      }
+    }
+  }
+}
+
+template <bool VEC>
+VK_DEVICE void store_patch(const MapView& map, const Patch& patch, int C,
+                           const Columns<VEC>& columns, const float (&v)[8]) {
+  if constexpr (VEC) {
+    const Place place(columns.first, C);
+    store(element(map.data, place.offset(patch, map), map.dtype), map.dtype,
+          in_pixel(columns, place, patch, C), v);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const Place place(columns[j], C);
+      if (columns.holds(j) && place.is_in(patch))
+        store_scalar(map.data, map.dtype, place.offset(patch, map) + place.channel, v[j]);
+    }
+  }
+}
+
+template <bool VEC>
+VK_DEVICE Raw8 load_row(const RowsView& rows, const Patch& patch, const Columns<VEC>& columns) {
+  const void* data = rows.data;
+  return load_raw(element(data, patch.row * rows.stride, rows.dtype), rows.dtype, columns);
+}
+
+template <bool VEC>
+VK_DEVICE void load_parameter(const Parameter& p, const Columns<VEC>& columns, float absent,
+                              float (&v)[8]) {
+  if (p.data != nullptr) {
+    to_floats(load_raw<VEC, true>(p.data, p.dtype, columns), p.dtype, v);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = absent;
+  }
+}
+
+// ---- Forward
+
+constexpr int kForwardBlocks = 3;  // of 85 registers a thread
+
+template <Widths WIDTHS, bool VEC, bool BLOCK, int CHUNKS>
+__global__ void __launch_bounds__(kThreads, kForwardBlocks)
+    forward_kernel(const __grid_constant__ ForwardArgs arguments) {
+  check_launch_bounds<kThreads>();
+  ForwardArgs a = arguments;
+  set_widths<WIDTHS>(a);
+  constexpr int HELD = CHUNKS == 0 ? 1 : CHUNKS;
+  VK_SHARED(float, partial, [2 * 2 * kWarp]);
+  Team<BLOCK> team(a.lanes, partial);
+  const int length = 4 * a.size.C;
+  const int chunks = CHUNKS == 0 ? (length + 8 * team.size - 1) / (8 * team.size) : CHUNKS;
+  const float width = static_cast<float>(length);
+
+  for (int64_t first = team.first; first < a.size.rows; first += team.step) {
+    const Patch patch(a.size, first + team.offset);
+    float z[HELD][8];
+    if constexpr (CHUNKS > 0) load_patch<VEC>(a.x, patch, a.size.C, team.rank, team.size, 0, z);
+    // Calls use(i, columns) for each chunk, whose elements are z[i].
+    const auto pass = [&](auto use) {
+      if constexpr (CHUNKS > 0) {
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i)
+          use(i, Columns<VEC>(i, team.rank, team.size, patch.length));
+      } else {
+        for (int i = 0; i < chunks; ++i) {
+          load_patch<VEC>(a.x, patch, a.size.C, team.rank, team.size, i, z);
+          use(0, Columns<VEC>(i, team.rank, team.size, patch.length));
+        }
+      }
+    };
+
+    float sum[1] = {0.0f};
+    pass([&](int i, const Columns<VEC>&) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[0] += z[i][j];
+    });
+    team.sum(sum);
+    const float mean = sum[0] / width;
+
+    float squares[1] = {0.0f};
+    pass([&](int i, const Columns<VEC>& columns) {
+      if (VEC && !columns.holds(0)) return;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float d = VEC || columns.holds(j) ? z[i][j] - mean : 0.0f;
+        squares[0] += d * d;
+      }
+    });
+    team.sum(squares);
+    const float rstd = 1.0f / sqrtf(squares[0] / width + a.eps);
+    if (team.rank == 0 && patch.length > 0) {
+      a.mean[patch.row] = mean;
+      a.rstd[patch.row] = rstd;
+    }
+
+    pass([&](int i, const Columns<VEC>& columns) {
+      float weight[8], bias[8], y[8];
+      load_parameter(a.weight, columns, 1.0f, weight);
+      load_parameter(a.bias, columns, 0.0f, bias);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) y[j] = (z[i][j] - mean) * rstd * weight[j] + bias[j];
+      store(element(a.y.data, patch.row * a.y.stride, a.y.dtype), a.y.dtype, columns, y);
+    });
+  }
+}
+
+// ---- Backward
+
+// xhat = (z - mean) * rstd, and dy, of N chunks.
+template <bool VEC, int N>
+VK_DEVICE void load_xhat_dy(const BackwardArgs& a, const Patch& patch, int rank, int size,
+                            int first, float (&xhat)[N][8], float (&dy)[N][8]) {
+  Raw8 raw[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    raw[i] = load_row(a.y, patch, Columns<VEC>(first + i, rank, size, patch.length));
+  load_patch<VEC>(a.x, patch, a.size.C, rank, size, first, xhat);
+  const float mean = patch.length > 0 ? a.mean[patch.row] : 0.0f,
+              rstd = patch.length > 0 ? a.rstd[patch.row] : 0.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    to_floats(raw[i], a.y.dtype, dy[i]);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) xhat[i][j] = (xhat[i][j] - mean) * rstd;
+  }
+}
+
+// The few warps whose sums fit in registers cannot have enough loads under way to hide memory: L2
+// fetches the next row.
+VK_DEVICE void prefetch_patch(const BackwardArgs& a, const Patch& patch, int rank, int size,
+                              int chunks) {
+  const void *x = a.x.data, *dy = a.y.data;
+#pragma unroll 1
+  for (int i = 0; i < chunks; ++i) {
+    const Columns<true> columns(i, rank, size, patch.length);
+    const Place place(columns.first, a.size.C);
+    prefetch(element(x, place.offset(patch, a.x), a.x.dtype), a.x.dtype,
+             in_pixel(columns, place, patch, a.size.C));
+    prefetch(element(dy, patch.row * a.y.stride, a.y.dtype), a.y.dtype, columns);
+  }
+}
+
+// The block's sums over its rows. In registers where a thread has all its columns there, else in
+// its part of `partial`.
+template <int CHUNKS, bool VEC>
+struct ColumnSums {
+  static constexpr int HELD = CHUNKS == 0 ? 1 : CHUNKS;
+  float held[HELD][8] = {};
+
+  VK_DEVICE void add(int i, const Columns<VEC>& columns, const float (&v)[8], float* partial,
+                     bool first_row) {
+    if constexpr (CHUNKS > 0) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) held[i][j] += v[j];
+    } else if (partial != nullptr) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (columns.holds(j)) partial[columns[j]] = first_row ? v[j] : partial[columns[j]] + v[j];
+    }
+  }
+};
+
+template <bool BLOCK, int CHUNKS>
+constexpr patch_merge::Residency kResidency = patch_merge::residency(BLOCK, CHUNKS);
+
+template <Widths WIDTHS, bool VEC, bool BLOCK, int CHUNKS>
+__global__ void __launch_bounds__(kResidency<BLOCK, CHUNKS>.threads,
+                                  kResidency<BLOCK, CHUNKS>.blocks)
+    backward_kernel(const __grid_constant__ BackwardArgs arguments) {
+  check_launch_bounds<kResidency<BLOCK, CHUNKS>.threads>();
+  BackwardArgs a = arguments;
+  set_widths<WIDTHS>(a);
+  a.dx.dtype = a.x.dtype;
+  constexpr int HELD = CHUNKS == 0 ? 1 : CHUNKS;
+  VK_SHARED(float, partial, [2 * 2 * kWarp]);
+  Team<BLOCK> team(a.lanes, partial);
+  const int length = 4 * a.size.C;
+  const int chunks = CHUNKS == 0 ? (length + 8 * team.size - 1) / (8 * team.size) : CHUNKS;
+  const float width = static_cast<float>(length);
+  const int64_t blocks = gridDim.x;
+  // This block's row of the partial sums of dweight (0) and dbias (1).
+  const auto sums_of = [&](int which) {
+    return a.partial == nullptr ? nullptr : a.partial + (which * blocks + blockIdx.x) * length;
+  };
+  ColumnSums<CHUNKS, VEC> dweight, dbias;
+
+  Patch next(a.size, team.first + team.offset);
+  for (int64_t first = team.first; first < a.size.rows; first += team.step) {
+    const Patch patch = next;
+    next = Patch(a.size, first + team.step + team.offset);
+    if constexpr (VEC) prefetch_patch(a, next, team.rank, team.size, chunks);
+    const bool first_row = first == team.first;
+    const float rstd = patch.length > 0 ? a.rstd[patch.row] : 0.0f;
+    float xhat[HELD][8], dy[HELD][8];
+    if constexpr (CHUNKS > 0) load_xhat_dy<VEC>(a, patch, team.rank, team.size, 0, xhat, dy);
+    const auto pass = [&](auto use) {
+      if constexpr (CHUNKS > 0) {
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i)
+          use(i, Columns<VEC>(i, team.rank, team.size, patch.length));
+      } else {
+        for (int i = 0; i < chunks; ++i) {
+          load_xhat_dy<VEC>(a, patch, team.rank, team.size, i, xhat, dy);
+          use(0, Columns<VEC>(i, team.rank, team.size, patch.length));
+        }
+      }
+    };
+
+    float sums[2] = {0.0f, 0.0f};  // of weight * dy and weight * dy * xhat
+    pass([&](int i, const Columns<VEC>& columns) {
+      float products[8], weight[8];
+      load_parameter(a.weight, columns, 1.0f, weight);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) products[j] = dy[i][j] * xhat[i][j];
+      dweight.add(i, columns, products, sums_of(0), first_row);
+      dbias.add(i, columns, dy[i], sums_of(1), first_row);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        sums[0] += weight[j] * dy[i][j];
+        sums[1] += weight[j] * products[j];
+        if constexpr (CHUNKS > 0) dy[i][j] *= weight[j];
+      }
+    });
+    if (a.dx.data == nullptr) continue;
+    team.sum(sums);
+    const float mean_wdy = sums[0] / width, mean_wdy_xhat = sums[1] / width;
+
+    pass([&](int i, const Columns<VEC>& columns) {
+      float g[8], weight[8];
+      if constexpr (CHUNKS == 0) load_parameter(a.weight, columns, 1.0f, weight);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float wdy = CHUNKS == 0 ? weight[j] * dy[i][j] : dy[i][j];
+        g[j] = rstd * (wdy - mean_wdy - xhat[i][j] * mean_wdy_xhat);
+      }
+      store_patch(a.dx, patch, a.size.C, columns, g);
+    });
+  }
+
+  if (a.partial == nullptr || CHUNKS == 0) return;
+  if constexpr (BLOCK) {
+    const auto write = [&](int which, const auto& sums) {
+#pragma unroll
+      for (int i = 0; i < HELD; ++i) {
+        const Columns<VEC> columns(i, team.rank, team.size, length);
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+          if (columns.holds(j)) sums_of(which)[columns[j]] = sums.held[i][j];
+      }
+    };
+    write(0, dweight);
+    write(1, dbias);
+  } else {
+    // Teams of a warp first, by shuffles; then warp after warp adds its sums to those in shared
+    // memory.
+    VK_DYNAMIC_SHARED(float, block_sums);
+    const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
+    const auto over_teams = [&](auto& sums) {
+      for (int distance = team.size; distance < kWarp; distance *= 2) {
+#pragma unroll
+        for (int i = 0; i < HELD; ++i)
+#pragma unroll
+          for (int j = 0; j < 8; ++j)
+            sums.held[i][j] += __shfl_xor_sync(kAllLanes, sums.held[i][j], distance);
+      }
+    };
+    over_teams(dweight);
+    over_teams(dbias);
+    for (int warp = 0; warp < warps; ++warp) {
+      if (thread / kWarp == warp && team.offset == 0) {
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) {
+          const Columns<VEC> columns(i, team.rank, team.size, length);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            if (!columns.holds(j)) continue;
+            float* sums = block_sums + columns[j];
+            sums[0] = (warp == 0 ? 0.0f : sums[0]) + dweight.held[i][j];
+            sums[length] = (warp == 0 ? 0.0f : sums[length]) + dbias.held[i][j];
+          }
+        }
+      }
+      __syncthreads();
+    }
+    for (int which = 0; which < 2; ++which)
+      for (int c = thread; c < length; c += static_cast<int>(blockDim.x))
+        sums_of(which)[c] = block_sums[which * length + c];
+  }
+}
+
+// ---- The sums over blocks: 32 columns a block, 16 threads a column, each every 16th partial sum,
+// then a fixed order.
+
+constexpr int kFinishRows = 16;
+
+struct FinishArgs {
+  const float* partial;
+  Parameter out[2];  // dweight, dbias
+  int64_t blocks;
+  int length;
+};
+
+__global__ void __launch_bounds__(kWarp* kFinishRows)
+    finish_kernel(const __grid_constant__ FinishArgs a) {
+  check_launch_bounds<kWarp * kFinishRows>();
+  VK_SHARED(float, sums, [kFinishRows][kWarp]);
+  const int which = static_cast<int>(blockIdx.y), x = static_cast<int>(threadIdx.x),
+            y = static_cast<int>(threadIdx.y);
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarp + x;
+  const bool wanted = a.out[which].data != nullptr && c < a.length;
+  float sum = 0.0f;
+  if (wanted)
+    for (int64_t block = y; block < a.blocks; block += kFinishRows)
+      sum += a.partial[(which * a.blocks + block) * a.length + c];
+  sums[y][x] = sum;
+  __syncthreads();
+  if (y != 0 || !wanted) return;
+  for (int i = 1; i < kFinishRows; ++i) sum += sums[i][x];
+  store_scalar(const_cast<void*>(a.out[which].data), a.out[which].dtype, c, sum);
+}
+
+}  // namespace
+}  // namespace vitkernels
