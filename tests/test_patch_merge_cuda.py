@@ -1,4 +1,4 @@
-"""patch_merge_layer_norm in CUDA C++: what depends on its launch plan, its SASS, and planted bugs."""
+"""patch_merge_layer_norm in CUDA C++: its launch plan, its SASS, layouts, and planted bugs."""
 
 import re
 
@@ -212,7 +212,7 @@ import torch
 from patch_merge_problems import patch_merge_problem
 from problems import check
 for dtype in (torch.float32, torch.bfloat16):
-    for shape in ((2, 9, 14, 96), (2, 3, 5, 264), (1, 3, 5, 7)):
+    for shape in ((1, 9, 10, 40), (1, 3, 5, 264), (1, 3, 3, 7)):
         check(patch_merge_problem(shape, dtype), "cuda", shape_class="mutant")
 """
 KERNELS = "patch_merge_kernels.cuh"
