@@ -276,10 +276,13 @@ def _small() -> Iterator[Case]:
         cosine = {"cosine": True, "heads": 2, "D": 32, "B": 1}
         yield from _cases("window_attention", "window 4 cosine D32", 4, 0, **cosine, **one)
         yield from _cases("patch_embed", "patch 4 D24", (2, 3), 4, 24, UINT8, **one)
-        yield from _cases("patch_merge_layer_norm", "C6", (2, 5, 4, 6), **one)
+        for C in (6, 24, 264):
+            yield from _cases("patch_merge_layer_norm", f"C{C}", (1, 5, 4, C), **one)
         yield from _cases("linear_gelu", "M10 K24 N40", (2, 5, 24), 40, **one)
         yield from _cases("linear", "M10 K24 N40", (2, 5, 24), 40, **one)
-        yield from _cases("distillation_loss", "K41 soft", (3, 41), temperature=2.0, **one)
+        for K in (41, 1100, 8200):
+            soft = {"temperature": 2.0, "label_smoothing": 0.1}
+            yield from _cases("distillation_loss", f"K{K} soft", (2, K), **soft, **one)
         mixup = {"kind": "hard", "soft_targets": FP32, "label_smoothing": 0.1}
         yield from _cases("distillation_loss", "K40 hard mixup", (3, 40), **mixup, **one)
     yield from _cases("attention_qkvpacked", "N50 D64", 1, 50, 1, 64, dtypes=(FP16,))
