@@ -223,10 +223,11 @@ MUTANTS = {
         "(pixel % 2 ? map.stride_h : 0) + (pixel >= 2 ? map.stride_w : 0)",
         "(pixel >= 2 ? map.stride_h : 0) + (pixel % 2 ? map.stride_w : 0)",
     ),
-    "no lower edge": ("below = h + 1 < size.H;", "below = true;"),
+    "no lower edge": ("(2 * h + 1 < size.H ? 1 : 0)", "1"),
+    "a row too far at the carry": ("w -= rows_w, ++h;", "w -= rows_w, h += 2;"),
     "padding outside the variance": (
         "if (VEC && !columns.holds(0)) return;",
-        "if (VEC && !(columns.holds(0) && Place(columns.first, a.size.C).is_in(patch))) return;",
+        "if (VEC && !Place(a.x, columns.first, a.size.C).is_in(patch)) return;",
     ),
     "no barrier after a warp's sums": (ROUND, ROUND.replace("      __syncthreads();", "")),
     "teams left out": ("    over_teams(dweight);\n", ""),

@@ -73,8 +73,10 @@ class Operands {
     VK_CHECK(x.dim() == 4, op, "x must be (B, H, W, C), got ", x.dim(), " dimensions");
     VK_CHECK(x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1, op,
              "x must have H, W, C >= 1, got ", x.size(1), ", ", x.size(2), ", ", x.size(3));
+    for (int d = 0; d < 3; ++d)
+      VK_CHECK(x.size(d) <= 1 << 30, op, "x must have B, H, W <= 2^30, got ", x.size(d));
     VK_CHECK(x.size(3) <= 1 << 28, op, "x must have at most 2^28 channels, got ", x.size(3));
-    const int64_t H = x.size(1), W = x.size(2);
+    const int H = static_cast<int>(x.size(1)), W = static_cast<int>(x.size(2));
     merged_ = {x.size(0), (H + 1) / 2, (W + 1) / 2};
     size_ = {merged_[0] * merged_[1] * merged_[2], H, W, static_cast<int>(x.size(3))};
   }

@@ -11,7 +11,8 @@
 //   for a y wider than x, a block walks the row and reads it again in each pass. The forward
 //   strides over rows; the backward's grid is persistent (patch_merge_plan.h).
 // Memory per block: 512 B; the backward adds 32 C bytes where a warp or less has a row.
-// Limits: any size, C up to 2^28. 16-byte accesses where C % 8 == 0: an operand whose pixels do not
+// Limits: B, H, W up to 2^30, C up to 2^28. 16-byte accesses where C % 8 == 0: an operand whose
+// pixels do not
 //   begin on 16-byte lines is copied first, so that bits do not depend on where it lies.
 // Floor: bytes per element of x in 16 bits: forward 4 (x in, y out), backward 6 (dy, x in, dx out).
 //   Swin-T's first merge, B128 of 56 x 56 x 96, at 4.3 TB/s: 36 and 54 us. Not measured.
@@ -44,8 +45,8 @@ struct Parameter {  // (4 C,); null data: absent
 };
 
 struct MapSize {
-  int64_t rows, H, W;
-  int C;
+  int64_t rows;
+  int H, W, C;
 };
 
 struct ForwardArgs {
@@ -116,52 +117,65 @@ struct Team {
   }
 };
 
-// A row of the merged map. A team past the last one goes on with a row of length 0, so that its
-// warp stays together.
+// A row of the merged map and the rows `step` after it. A team past the last one goes on with rows
+// of length 0, so that its warp stays together.
 struct Patch {
   int64_t row;
-  int length;  // 4 C
-  int64_t b, h, w;
-  bool below, right;  // whether the map goes on there
+  int length;      // 4 C
+  int b, h, w;     // of the merged map
+  int db, dh, dw;  // the same of `step`: one division for all rows
+  int has;         // bits: 1 the pixels below, 2 those on the right, 4 the row itself
 
-  VK_DEVICE Patch(const MapSize& size, int64_t r) : row(r < size.rows ? r : 0) {
-    length = r < size.rows ? 4 * size.C : 0;
-    const int64_t rows_h = (size.H + 1) / 2, rows_w = (size.W + 1) / 2;
-    const int64_t above = divide(row, rows_w);
-    b = divide(above, rows_h);
-    h = 2 * (above - b * rows_h);
-    w = 2 * (row - above * rows_w);
-    below = h + 1 < size.H;
-    right = w + 1 < size.W;
+  VK_DEVICE Patch(const MapSize& size, int64_t first, int64_t step) : row(first) {
+    const int rows_h = (size.H + 1) / 2, rows_w = (size.W + 1) / 2;
+    const auto split = [&](int64_t r, int& b, int& h, int& w) {
+      const int64_t above = divide(r, rows_w), image = divide(above, rows_h);
+      b = static_cast<int>(image);
+      h = static_cast<int>(above - image * rows_h);
+      w = static_cast<int>(r - above * rows_w);
+    };
+    split(first, b, h, w);
+    split(step, db, dh, dw);
+    look(size);
+  }
+
+  VK_DEVICE void advance(const MapSize& size, int64_t step) {
+    const int rows_h = (size.H + 1) / 2, rows_w = (size.W + 1) / 2;
+    row += step, b += db, h += dh, w += dw;
+    if (w >= rows_w) w -= rows_w, ++h;
+    if (h >= rows_h) h -= rows_h, ++b;
+    look(size);
+  }
+
+  // Element of the upper left pixel's first channel.
+  VK_DEVICE int64_t corner(const MapView& map) const {
+    return b * map.stride_b + int64_t{2} * h * map.stride_h + int64_t{2} * w * map.stride_w;
+  }
+
+ private:
+  VK_DEVICE void look(const MapSize& size) {
+    const bool is_row = row < size.rows;
+    length = is_row ? 4 * size.C : 0;
+    has = (2 * h + 1 < size.H ? 1 : 0) + (2 * w + 1 < size.W ? 2 : 0) + (is_row ? 4 : 0);
   }
 };
 
-// Where a column of a row lies: which of the four pixels, and which channel.
+// Where a column of every row lies, from the row's corner.
 struct Place {
-  int pixel, channel;
-  VK_DEVICE Place(int column, int C) {
-    pixel = (column >= C) + (column >= 2 * C) + (column >= 3 * C);
-    channel = column - pixel * C;
+  int64_t offset;
+  int needs;  // bits of Patch::has; 8, which no row has, beyond the last column
+
+  VK_DEVICE Place(const MapView& map, int column, int C) {
+    const int pixel = (column >= C) + (column >= 2 * C) + (column >= 3 * C);
+    offset = (pixel % 2 ? map.stride_h : 0) + (pixel >= 2 ? map.stride_w : 0) + column - pixel * C;
+    needs = pixel + (column < 4 * C ? 4 : 8);
   }
-  VK_DEVICE bool is_in(const Patch& patch) const {
-    return (pixel % 2 == 0 || patch.below) && (pixel < 2 || patch.right);
-  }
-  // Of the pixel's first channel. The patch's own part is one for all places of a row.
-  VK_DEVICE int64_t offset(const Patch& patch, const MapView& map) const {
-    const int64_t corner = patch.b * map.stride_b + patch.h * map.stride_h + patch.w * map.stride_w;
-    return corner + (pixel % 2 ? map.stride_h : 0) + (pixel >= 2 ? map.stride_w : 0);
+  VK_DEVICE bool is_in(const Patch& patch) const { return (needs & ~patch.has) == 0; }
+  // Eight columns that lie in one pixel, as a row of their own; none where they are not in the map.
+  VK_DEVICE Columns<true> eight(const Patch& patch) const {
+    return Columns<true>(0, 0, 1, is_in(patch) ? 8 : 0);
   }
 };
-
-// `columns` of a row, all in one pixel, as columns of that pixel; beyond the map's edge there are
-// none.
-VK_DEVICE Columns<true> in_pixel(const Columns<true>& columns, const Place& place,
-                                 const Patch& patch, int C) {
-  Columns<true> of_pixel(0, 0, 1, 0);
-  of_pixel.first = place.channel;
-  of_pixel.end = columns.holds(0) && place.is_in(patch) ? C : 0;
-  return of_pixel;
-}
 
 VK_DEVICE float load_one(const void* data, DType dtype, int64_t index) {
   if (is_wide(dtype)) return static_cast<const float*>(data)[index];
@@ -173,15 +187,15 @@ VK_DEVICE float load_one(const void* data, DType dtype, int64_t index) {
 template <bool VEC, int N>
 VK_DEVICE void load_patch(const MapView& map, const Patch& patch, int C, int rank, int size,
                           int first, float (&z)[N][8]) {
+  const void* data = map.data;
+  const int64_t corner = patch.corner(map);
   if constexpr (VEC) {
     Raw8 raw[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const Columns<VEC> columns(first + i, rank, size, patch.length);
-      const Place place(columns.first, C);
+      const Place place(map, ((first + i) * size + rank) * 8, C);
       raw[i] =
-          load_raw(element(static_cast<const void*>(map.data), place.offset(patch, map), map.dtype),
-                   map.dtype, in_pixel(columns, place, patch, C));
+          load_raw(element(data, corner + place.offset, map.dtype), map.dtype, place.eight(patch));
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) to_floats(raw[i], map.dtype, z[i]);
@@ -191,10 +205,8 @@ VK_DEVICE void load_patch(const MapView& map, const Patch& patch, int C, int ran
       const Columns<VEC> columns(first + i, rank, size, patch.length);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const Place place(columns[j], C);
-        z[i][j] = columns.holds(j) && place.is_in(patch)
-                      ? load_one(map.data, map.dtype, place.offset(patch, map) + place.channel)
-                      : 0.0f;
+        const Place place(map, columns[j], C);
+        z[i][j] = place.is_in(patch) ? load_one(data, map.dtype, corner + place.offset) : 0.0f;
       }
     }
   }
@@ -203,16 +215,15 @@ VK_DEVICE void load_patch(const MapView& map, const Patch& patch, int C, int ran
 template <bool VEC>
 VK_DEVICE void store_patch(const MapView& map, const Patch& patch, int C,
                            const Columns<VEC>& columns, const float (&v)[8]) {
+  const int64_t corner = patch.corner(map);
   if constexpr (VEC) {
-    const Place place(columns.first, C);
-    store(element(map.data, place.offset(patch, map), map.dtype), map.dtype,
-          in_pixel(columns, place, patch, C), v);
+    const Place place(map, columns.first, C);
+    store(element(map.data, corner + place.offset, map.dtype), map.dtype, place.eight(patch), v);
   } else {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const Place place(columns[j], C);
-      if (columns.holds(j) && place.is_in(patch))
-        store_scalar(map.data, map.dtype, place.offset(patch, map) + place.channel, v[j]);
+      const Place place(map, columns[j], C);
+      if (place.is_in(patch)) store_scalar(map.data, map.dtype, corner + place.offset, v[j]);
     }
   }
 }
@@ -236,10 +247,12 @@ VK_DEVICE void load_parameter(const Parameter& p, const Columns<VEC>& columns, f
 
 // ---- Forward
 
-constexpr int kForwardBlocks = 3;  // of 85 registers a thread
+// Of a multiprocessor: 128 registers a thread for the four chunks of a lane, else 85.
+template <bool BLOCK, int CHUNKS>
+constexpr int kForwardBlocks = !BLOCK && CHUNKS == 4 ? 2 : 3;
 
 template <Widths WIDTHS, bool VEC, bool BLOCK, int CHUNKS>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks)
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<BLOCK, CHUNKS>)
     forward_kernel(const __grid_constant__ ForwardArgs arguments) {
   check_launch_bounds<kThreads>();
   ForwardArgs a = arguments;
@@ -251,8 +264,9 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
   const int chunks = CHUNKS == 0 ? (length + 8 * team.size - 1) / (8 * team.size) : CHUNKS;
   const float width = static_cast<float>(length);
 
-  for (int64_t first = team.first; first < a.size.rows; first += team.step) {
-    const Patch patch(a.size, first + team.offset);
+  Patch patch(a.size, team.first + team.offset, team.step);
+  for (int64_t first = team.first; first < a.size.rows;
+       first += team.step, patch.advance(a.size, team.step)) {
     float z[HELD][8];
     if constexpr (CHUNKS > 0) load_patch<VEC>(a.x, patch, a.size.C, team.rank, team.size, 0, z);
     // Calls use(i, columns) for each chunk, whose elements are z[i].
@@ -333,9 +347,9 @@ VK_DEVICE void prefetch_patch(const BackwardArgs& a, const Patch& patch, int ran
 #pragma unroll 1
   for (int i = 0; i < chunks; ++i) {
     const Columns<true> columns(i, rank, size, patch.length);
-    const Place place(columns.first, a.size.C);
-    prefetch(element(x, place.offset(patch, a.x), a.x.dtype), a.x.dtype,
-             in_pixel(columns, place, patch, a.size.C));
+    const Place place(a.x, columns.first, a.size.C);
+    prefetch(element(x, patch.corner(a.x) + place.offset, a.x.dtype), a.x.dtype,
+             place.eight(patch));
     prefetch(element(dy, patch.row * a.y.stride, a.y.dtype), a.y.dtype, columns);
   }
 }
@@ -384,10 +398,10 @@ __global__ void __launch_bounds__(kResidency<BLOCK, CHUNKS>.threads,
   };
   ColumnSums<CHUNKS, VEC> dweight, dbias;
 
-  Patch next(a.size, team.first + team.offset);
+  Patch next(a.size, team.first + team.offset, team.step);
   for (int64_t first = team.first; first < a.size.rows; first += team.step) {
     const Patch patch = next;
-    next = Patch(a.size, first + team.step + team.offset);
+    next.advance(a.size, team.step);
     if constexpr (VEC) prefetch_patch(a, next, team.rank, team.size, chunks);
     const bool first_row = first == team.first;
     const float rstd = patch.length > 0 ? a.rstd[patch.row] : 0.0f;
