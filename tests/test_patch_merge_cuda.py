@@ -153,7 +153,7 @@ def test_every_element_of_a_row_has_one_place(C):
         for backward in (True, False):
             p = plan(1000, C, fixed, backward)
             assert p["vectorized"] == (C % 8 == 0)
-            assert p["threads"] % 32 == 0 and 32 <= p["threads"] <= 384
+            assert p["threads"] % 32 == 0 and 32 <= p["threads"] <= 256
             size = p["threads"] if p["block_per_row"] else p["lanes"]
             held = fixed and C % 8 == 0 and C <= 1024
             assert (p["chunks"] > 0) == held
@@ -162,7 +162,8 @@ def test_every_element_of_a_row_has_one_place(C):
                 assert p["chunks"] in ((1, 2) if p["block_per_row"] else (3, 4))
             if not p["block_per_row"]:
                 assert p["lanes"] in (1, 2, 4, 8, 16, 32) and C <= 256
-            assert p["shared_bytes"] <= 8 * 1024
+            floats = 2 if not backward else 1 if p["block_per_row"] else 3
+            assert p["shared_bytes"] == (floats * 4 * C * 4 if held else 0) <= 48 * 1024
 
 
 @needs_plans
@@ -170,12 +171,12 @@ def test_grids():
     for backward in (False, True):
         assert plan(0, 96, backward=backward)["blocks"] == 0
         assert plan(1, 96, backward=backward)["blocks"] == 1
-        assert plan(2**40, 96, backward=backward)["blocks"] < 2**31
-    # Swin-T at 224: C = 96 has no idle lane; what stays on the device is one block of 384 threads.
+        assert plan(2**40, 96, backward=backward)["blocks"] <= 132 * 3
+    # Swin-T at 224: C = 96 has no idle lane.
     p = plan(128 * 28 * 28, 96, backward=True)
-    assert (p["lanes"], p["chunks"], p["threads"], p["blocks"]) == (16, 3, 384, 132)
+    assert (p["lanes"], p["chunks"], p["threads"], p["blocks"]) == (16, 3, 256, 132)
     p = plan(128 * 7 * 7, 384)
-    assert (p["block_per_row"], p["chunks"], p["threads"], p["blocks"]) == (True, 1, 192, 6272)
+    assert (p["block_per_row"], p["chunks"], p["threads"], p["blocks"]) == (True, 1, 192, 528)
 
 
 # ---- What nvcc made of it
@@ -189,7 +190,7 @@ def test_sass(arch):
     kernels = {k: v for k, v in sass(OBJECT, arch).items() if "finish" not in k}
     assert len(kernels) == 28
     for name, code in kernels.items():
-        widths, vectorized, block, chunks = (int(n) for n in re.findall(r"\d+", name))
+        widths, vectorized, _, chunks = (int(n) for n in re.findall(r"\d+", name))
         loads = [i for i in code if re.search(r"\bLDG\S*\.128", i)]
         stores = [i for i in code if re.search(r"\bSTG\S*\.128", i)]
         backward = name.startswith("backward")
@@ -200,8 +201,7 @@ def test_sass(arch):
             assert len(stores) >= max(chunks, 1) * (x if backward else y), name
         else:
             assert not loads and not stores, name
-        barrier = block or (backward and chunks)
-        assert bool([i for i in code if "BAR.SYNC" in i]) == bool(barrier), name
+        assert [i for i in code if "BAR.SYNC" in i], name
         assert not [i for i in code if re.search(r"\b(ATOM|ATOMG|RED|LDL|STL)\b", i)], name
 
 
@@ -212,7 +212,7 @@ import torch
 from patch_merge_problems import patch_merge_problem
 from problems import check
 for dtype in (torch.float32, torch.bfloat16):
-    for shape in ((1, 9, 10, 40), (1, 3, 5, 264), (1, 3, 3, 7)):
+    for shape in ((1, 25, 26, 40), (1, 3, 5, 264), (1, 3, 3, 7)):
         check(patch_merge_problem(shape, dtype), "cuda", shape_class="mutant")
 """
 KERNELS = "patch_merge_kernels.cuh"
@@ -228,6 +228,10 @@ MUTANTS = {
     "padding outside the variance": (
         "if (VEC && !columns.holds(0)) return;",
         "if (VEC && !Place(a.x, columns.first, a.size.C).is_in(patch)) return;",
+    ),
+    "no barrier before the parameters": (
+        "biases(parameters + kept, a.bias, 0.0f, kept);\n  if constexpr (CHUNKS > 0) __syncthreads();",
+        "biases(parameters + kept, a.bias, 0.0f, kept);",
     ),
     "no barrier after a warp's sums": (ROUND, ROUND.replace("      __syncthreads();", "")),
     "teams left out": ("    over_teams(dweight);\n", ""),

@@ -8,9 +8,9 @@
 //   them, and finish_kernel adds them in a fixed order: no atomics.
 // Grid: 1..32 lanes a row up to C = 256, a block a row up to C = 1024; beyond, where C % 8 != 0,
 // and
-//   for a y wider than x, a block walks the row and reads it again in each pass. The forward
-//   strides over rows; the backward's grid is persistent (patch_merge_plan.h).
-// Memory per block: 512 B; the backward adds 32 C bytes where a warp or less has a row.
+//   for a y wider than x, a block walks the row and reads it again in each pass. Persistent: as
+//   many blocks as stay (patch_merge_plan.h), which keep weight and bias in shared memory.
+// Memory per block: 512 B + 32 C forward, 512 B + 48 C (16 C with a block per row) backward.
 // Limits: B, H, W up to 2^30, C up to 2^28. 16-byte accesses where C % 8 == 0: an operand whose
 // pixels do not
 //   begin on 16-byte lines is copied first, so that bits do not depend on where it lies.
@@ -245,11 +245,37 @@ VK_DEVICE void load_parameter(const Parameter& p, const Columns<VEC>& columns, f
   }
 }
 
+// Weight or bias in fp32 in shared memory, filled once by all threads of a persistent block: from
+// global memory each row would ask for its dtype and convert it again. Its floats lie in two
+// halves, those of columns 8 e .. 8 e + 3 and the others, so that lanes read without bank
+// conflicts.
+struct SharedParameter {
+  float* data;
+  int eights;
+
+  VK_DEVICE SharedParameter(float* shared, const Parameter& p, float absent, int length)
+      : data(shared), eights(length / 8) {
+    for (int c = static_cast<int>(threadIdx.x); c < length; c += static_cast<int>(blockDim.x))
+      data[(c % 8 / 4 * eights + c / 8) * 4 + c % 4] =
+          p.data == nullptr ? absent : load_one(p.data, p.dtype, c);
+  }
+  VK_DEVICE void load(const Columns<true>& columns, float (&v)[8]) const {
+    const int eight = columns.holds(0) ? columns.first / 8 : 0;
+    Raw8 raw;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 four = *reinterpret_cast<const uint4*>(data + (half * eights + eight) * 4);
+      raw.w[4 * half] = four.x, raw.w[4 * half + 1] = four.y;
+      raw.w[4 * half + 2] = four.z, raw.w[4 * half + 3] = four.w;
+    }
+    to_floats(raw, DType::kF32, v);
+  }
+};
+
 // ---- Forward
 
-// Of a multiprocessor: 128 registers a thread for the four chunks of a lane, else 85.
 template <bool BLOCK, int CHUNKS>
-constexpr int kForwardBlocks = !BLOCK && CHUNKS == 4 ? 2 : 3;
+constexpr int kForwardBlocks = patch_merge::forward_blocks(BLOCK, CHUNKS);
 
 template <Widths WIDTHS, bool VEC, bool BLOCK, int CHUNKS>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks<BLOCK, CHUNKS>)
@@ -263,6 +289,13 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<BLOCK, CHUNKS>)
   const int length = 4 * a.size.C;
   const int chunks = CHUNKS == 0 ? (length + 8 * team.size - 1) / (8 * team.size) : CHUNKS;
   const float width = static_cast<float>(length);
+
+  // With chunks in registers the parameters are in shared memory, length floats each.
+  VK_DYNAMIC_SHARED(float, parameters);
+  [[maybe_unused]] const int kept = CHUNKS > 0 ? length : 0;
+  const SharedParameter weights(parameters, a.weight, 1.0f, kept),
+      biases(parameters + kept, a.bias, 0.0f, kept);
+  if constexpr (CHUNKS > 0) __syncthreads();
 
   Patch patch(a.size, team.first + team.offset, team.step);
   for (int64_t first = team.first; first < a.size.rows;
@@ -309,8 +342,13 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<BLOCK, CHUNKS>)
 
     pass([&](int i, const Columns<VEC>& columns) {
       float weight[8], bias[8], y[8];
-      load_parameter(a.weight, columns, 1.0f, weight);
-      load_parameter(a.bias, columns, 0.0f, bias);
+      if constexpr (CHUNKS > 0) {
+        weights.load(columns, weight);
+        biases.load(columns, bias);
+      } else {
+        load_parameter(a.weight, columns, 1.0f, weight);
+        load_parameter(a.bias, columns, 0.0f, bias);
+      }
 #pragma unroll
       for (int j = 0; j < 8; ++j) y[j] = (z[i][j] - mean) * rstd * weight[j] + bias[j];
       store(element(a.y.data, patch.row * a.y.stride, a.y.dtype), a.y.dtype, columns, y);
@@ -375,13 +413,12 @@ struct ColumnSums {
 };
 
 template <bool BLOCK, int CHUNKS>
-constexpr patch_merge::Residency kResidency = patch_merge::residency(BLOCK, CHUNKS);
+constexpr int kBackwardBlocks = patch_merge::backward_blocks(BLOCK, CHUNKS);
 
 template <Widths WIDTHS, bool VEC, bool BLOCK, int CHUNKS>
-__global__ void __launch_bounds__(kResidency<BLOCK, CHUNKS>.threads,
-                                  kResidency<BLOCK, CHUNKS>.blocks)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<BLOCK, CHUNKS>)
     backward_kernel(const __grid_constant__ BackwardArgs arguments) {
-  check_launch_bounds<kResidency<BLOCK, CHUNKS>.threads>();
+  check_launch_bounds<kThreads>();
   BackwardArgs a = arguments;
   set_widths<WIDTHS>(a);
   a.dx.dtype = a.x.dtype;
@@ -397,6 +434,11 @@ __global__ void __launch_bounds__(kResidency<BLOCK, CHUNKS>.threads,
     return a.partial == nullptr ? nullptr : a.partial + (which * blocks + blockIdx.x) * length;
   };
   ColumnSums<CHUNKS, VEC> dweight, dbias;
+
+  // Where chunks are in registers: the weight, length floats, then the sums of lanes' rows.
+  VK_DYNAMIC_SHARED(float, shared);
+  const SharedParameter weights(shared, a.weight, 1.0f, CHUNKS > 0 ? length : 0);
+  if constexpr (CHUNKS > 0) __syncthreads();
 
   Patch next(a.size, team.first + team.offset, team.step);
   for (int64_t first = team.first; first < a.size.rows; first += team.step) {
@@ -423,7 +465,10 @@ __global__ void __launch_bounds__(kResidency<BLOCK, CHUNKS>.threads,
     float sums[2] = {0.0f, 0.0f};  // of weight * dy and weight * dy * xhat
     pass([&](int i, const Columns<VEC>& columns) {
       float products[8], weight[8];
-      load_parameter(a.weight, columns, 1.0f, weight);
+      if constexpr (CHUNKS > 0)
+        weights.load(columns, weight);
+      else
+        load_parameter(a.weight, columns, 1.0f, weight);
 #pragma unroll
       for (int j = 0; j < 8; ++j) products[j] = dy[i][j] * xhat[i][j];
       dweight.add(i, columns, products, sums_of(0), first_row);
@@ -467,7 +512,7 @@ __global__ void __launch_bounds__(kResidency<BLOCK, CHUNKS>.threads,
   } else {
     // Teams of a warp first, by shuffles; then warp after warp adds its sums to those in shared
     // memory.
-    VK_DYNAMIC_SHARED(float, block_sums);
+    float* block_sums = shared + length;
     const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
     const auto over_teams = [&](auto& sums) {
       for (int distance = team.size; distance < kWarp; distance *= 2) {

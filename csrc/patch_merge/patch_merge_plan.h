@@ -7,7 +7,7 @@
 
 namespace vitkernels::patch_merge {
 
-constexpr int kThreads = 256;  // a block's most, but for the backward of three chunks
+constexpr int kThreads = 256;  // a block's most
 
 // A thread holds `chunks` x 8 elements of a row of 4 C; 0: it walks the row and reads it in every
 // pass.
@@ -19,14 +19,14 @@ struct Plan {
   int64_t shared_bytes;  // dynamic
 };
 
-// What the backward kernels are compiled for, and what their persistent grid is: as many threads as
-// have registers for their sums (resources.json), `threads` a block, `blocks` a multiprocessor.
-struct Residency {
-  int threads, blocks;
-};
-constexpr Residency residency(bool block_per_row, int chunks) {
-  if (!block_per_row) return {chunks == 3 ? 384 : kThreads, 1};
-  return {kThreads, chunks == 1 ? 3 : 2};
+// Blocks of kThreads on a multiprocessor that the kernels are compiled for, and that their
+// persistent grids have: as many as have registers (resources.json), in the backward for their sums
+// too.
+constexpr int forward_blocks(bool block_per_row, int chunks) {
+  return !block_per_row && chunks == 4 ? 2 : 3;
+}
+constexpr int backward_blocks(bool block_per_row, int chunks) {
+  return !block_per_row ? 1 : chunks == 1 ? 3 : 2;
 }
 
 // The launcher sees to it that pixels begin on 16-byte lines where C % 8 == 0. fixed_widths: x and
@@ -42,9 +42,8 @@ inline Plan plan(int64_t rows, int64_t C, bool fixed_widths, int multiprocessors
     while (p.lanes * 4 < eights) p.lanes *= 2;
     // 16 lanes of 3 chunks are C = 96 without an idle lane, 32 of 3 or 4 are C = 192 or 256.
     p.chunks = p.lanes * 3 >= eights ? 3 : 4;
-    p.threads = backward ? residency(false, p.chunks).threads : kThreads;
+    p.threads = kThreads;
     rows_per_block = p.threads / p.lanes;
-    if (backward) p.shared_bytes = 2 * 4 * C * static_cast<int64_t>(sizeof(float));
   } else {
     p.block_per_row = true;
     p.chunks = !held || eights > 2 * kThreads ? 0 : eights <= kThreads ? 1 : 2;
@@ -52,15 +51,13 @@ inline Plan plan(int64_t rows, int64_t C, bool fixed_widths, int multiprocessors
         p.chunks == 0 ? std::min<int64_t>(eights, kThreads) : (eights + p.chunks - 1) / p.chunks;
     p.threads = static_cast<int>((threads + 31) / 32 * 32);
   }
-  // The forward only bounds its grid; the backward keeps sums of all its rows: few blocks that
-  // stay.
-  int64_t most_blocks = 64;
-  if (backward) {
-    const Residency r = residency(p.block_per_row, p.chunks);
-    most_blocks = r.blocks * (r.threads / p.threads);
-  }
+  // Forward weight and bias; backward the weight, and the two sums where lanes have a row.
+  const int64_t floats = p.chunks == 0 ? 0 : !backward ? 2 : p.block_per_row ? 1 : 3;
+  p.shared_bytes = floats * 4 * C * static_cast<int64_t>(sizeof(float));
+  const int most = backward ? backward_blocks(p.block_per_row, p.chunks)
+                            : forward_blocks(p.block_per_row, p.chunks);
   const int64_t needed = (rows + rows_per_block - 1) / rows_per_block;
-  p.blocks = std::min<int64_t>(needed, multiprocessors * most_blocks);
+  p.blocks = std::min<int64_t>(needed, multiprocessors * (most * kThreads / p.threads));
   return p;
 }
 
