@@ -71,7 +71,7 @@ def test_output_wider_than_the_input():
 @pytest.mark.parametrize("channels", (96, 384))
 @needs_kernels
 def test_more_rows_than_the_grid_has_teams(channels):
-    """The persistent backward, and sums over its blocks: the emulator has 4 multiprocessors."""
+    """The persistent backward, and sums over its blocks: the emulator has 2 multiprocessors."""
     problem = patch_merge_problem((3, 23, 25, channels), BF16)
     check(problem, "cuda", shape_class=f"3x23x25 C{channels}")
 
