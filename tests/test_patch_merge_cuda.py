@@ -217,6 +217,8 @@ for dtype in (torch.float32, torch.bfloat16):
 """
 KERNELS = "patch_merge_kernels.cuh"
 ROUND = "          }\n        }\n      }\n      __syncthreads();"
+FILLED = "biases(parameters + kept, a.bias, 0.0f, kept);"
+BARRIER = "\n  if constexpr (CHUNKS > 0) __syncthreads();"
 MUTANTS = {
     "none": ("", ""),
     "pixels in reading order": (
@@ -229,10 +231,7 @@ MUTANTS = {
         "if (VEC && !columns.holds(0)) return;",
         "if (VEC && !Place(a.x, columns.first, a.size.C).is_in(patch)) return;",
     ),
-    "no barrier before the parameters": (
-        "biases(parameters + kept, a.bias, 0.0f, kept);\n  if constexpr (CHUNKS > 0) __syncthreads();",
-        "biases(parameters + kept, a.bias, 0.0f, kept);",
-    ),
+    "no barrier before the parameters": (FILLED + BARRIER, FILLED),
     "no barrier after a warp's sums": (ROUND, ROUND.replace("      __syncthreads();", "")),
     "teams left out": ("    over_teams(dweight);\n", ""),
     "a block's sums left out": ("i < kFinishRows; ++i", "i < 1; ++i"),

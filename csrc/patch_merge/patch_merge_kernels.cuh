@@ -6,14 +6,13 @@
 //   once and writes dx to the same pixels: a pixel belongs to one row, so nothing is added up
 //   there. Each thread keeps the sums over rows of dweight and dbias for its columns, blocks write
 //   them, and finish_kernel adds them in a fixed order: no atomics.
-// Grid: 1..32 lanes a row up to C = 256, a block a row up to C = 1024; beyond, where C % 8 != 0,
+// Grid: 1..32 lanes a row up to C = 256, a block a row up to C = 1024. Beyond, where C % 8 != 0,
 // and
 //   for a y wider than x, a block walks the row and reads it again in each pass. Persistent: as
 //   many blocks as stay (patch_merge_plan.h), which keep weight and bias in shared memory.
 // Memory per block: 512 B + 32 C forward, 512 B + 48 C (16 C with a block per row) backward.
 // Limits: B, H, W up to 2^30, C up to 2^28. 16-byte accesses where C % 8 == 0: an operand whose
-// pixels do not
-//   begin on 16-byte lines is copied first, so that bits do not depend on where it lies.
+//   pixels do not begin on 16-byte lines is copied first, so that bits do not depend on its place.
 // Floor: bytes per element of x in 16 bits: forward 4 (x in, y out), backward 6 (dy, x in, dx out).
 //   Swin-T's first merge, B128 of 56 x 56 x 96, at 4.3 TB/s: 36 and 54 us. Not measured.
 //   Two rows of it are about 600 instructions of a warp forward and 850 backward (sm_90a SASS,
