@@ -8,10 +8,12 @@
 
 #include "add_layer_norm/add_layer_norm_plan.h"
 #include "attention/attention_plan_sm80.h"
+#include "attention/attention_plan_sm80_long.h"
 #include "attention/attention_plan_sm90.h"
 #include "attention/attention_plan_sm90_backward.h"
 #include "common/cpu_isa.h"
 #include "distillation_loss/distillation_loss_plan.h"
+#include "linear_gelu/linear_gelu_plan.h"
 #include "patch_merge/patch_merge_plan.h"
 #include "window_attention/window_attention_plan_simt.h"
 #include "window_attention/window_attention_plan_sm80_large.h"
@@ -34,20 +36,22 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "add_layer_norm_plan",
       [](int64_t rows, int64_t C, bool aligned, bool common_types, int multiprocessors,
-         const std::string& pass) {
+         const std::string& pass, int architecture, int branch_bytes, int stream_bytes) {
         using vitkernels::add_layer_norm::Pass;
         const std::map<std::string, Pass> passes{{"forward", Pass::kForward},
                                                  {"backward", Pass::kBackward},
                                                  {"backward_gamma", Pass::kBackwardGamma}};
-        const auto p = vitkernels::add_layer_norm::plan(rows, C, aligned, common_types,
-                                                        multiprocessors, passes.at(pass));
+        const auto p = vitkernels::add_layer_norm::plan(
+            rows, C, aligned, common_types, passes.at(pass),
+            {multiprocessors, architecture, branch_bytes / 2, stream_bytes / 2});
         return py::dict("fixed_types"_a = p.fixed_types, "vectorized"_a = p.vectorized,
                         "block_per_row"_a = p.block_per_row, "chunks"_a = p.chunks,
-                        "lanes"_a = p.lanes, "threads"_a = p.threads, "blocks"_a = p.blocks,
-                        "shared_bytes"_a = p.shared_bytes);
+                        "lanes"_a = p.lanes, "threads"_a = p.threads, "slots"_a = p.slots,
+                        "blocks"_a = p.blocks, "shared_bytes"_a = p.shared_bytes);
       },
       py::arg("rows"), py::arg("C"), py::arg("aligned"), py::arg("common_types"),
-      py::arg("multiprocessors"), py::arg("pass_"),
+      py::arg("multiprocessors"), py::arg("pass_"), py::arg("architecture") = 90,
+      py::arg("branch_bytes") = 2, py::arg("stream_bytes") = 2,
       "Launch settings of add_layer_norm's CUDA kernels.");
   m.def(
       "attention_sm80_plan",
@@ -60,6 +64,30 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("Nq"), py::arg("Nk"), py::arg("D"), py::arg("architecture"), py::arg("backward"),
       "Launch settings of attention's sm_80 kernels.");
+  m.def(
+      "attention_sm80_long_plan",
+      [](int D, bool options, bool by_key) {
+        namespace plan = vitkernels::attention::sm80_long;
+        const int dim = plan::instance_dim(D);
+        return py::dict("head_dim"_a = dim, "columns"_a = plan::forward_columns(dim, options),
+                        "shared_bytes"_a = plan::forward_shared(dim, options),
+                        "backward_rows"_a = plan::backward_rows(dim, by_key),
+                        "backward_columns"_a = plan::backward_columns(dim),
+                        "backward_shared_bytes"_a = plan::backward_shared(dim, by_key),
+                        "bias_shared_bytes"_a = plan::bias_shared(dim));
+      },
+      py::arg("D"), py::arg("options"), py::arg("by_key"),
+      "Launch settings of attention's sm_80 kernels for any number of queries and keys.");
+  m.def(
+      "attention_sm80_long_bias_plan",
+      [](int B, int H, int Nq, int Nk, int batch, int heads, int rows) {
+        const auto p =
+            vitkernels::attention::sm80_long::bias_plan(B, H, Nq, Nk, batch, heads, rows);
+        return py::dict("tiles"_a = p.tiles, "members"_a = p.members, "share"_a = p.share,
+                        "splits"_a = p.splits, "partial_floats"_a = p.partial_floats);
+      },
+      py::arg("B"), py::arg("H"), py::arg("Nq"), py::arg("Nk"), py::arg("batch"), py::arg("heads"),
+      py::arg("rows"), "How attention's sm_80 kernels share out the sums of a bias's gradient.");
   m.def(
       "attention_sm90_plan",
       [](int B, int H, int Nq, int Nk, int D, int bias_size, bool bias_of_batch,
@@ -88,6 +116,24 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("rows"), py::arg("K"), py::arg("aligned"), py::arg("one_type"),
       "Launch settings of distillation_loss's CUDA kernels.");
+  m.def(
+      "linear_gelu_plan",
+      [](const std::string& path, int64_t M, int64_t N, int64_t K, int multiprocessors) {
+        namespace lg = vitkernels::linear_gelu;
+        const std::map<std::string, lg::Tile> known{
+            {"simt", lg::kSimtTile}, {"sm80", lg::kSm80Tile}, {"sm90", lg::kSm90Tile}};
+        const lg::Tile tile = known.at(path);
+        const auto s = lg::splits(tile, M, N, K, multiprocessors, path == "sm80" ? 2 : 1);
+        const auto g = lg::grad_plan(M, N, multiprocessors);
+        return py::dict("tile"_a = py::make_tuple(tile.m, tile.n, tile.k), "splits"_a = s.count,
+                        "k_per_split"_a = s.k, "small"_a = lg::takes_small(M, N, multiprocessors),
+                        "rows_per_program"_a = g.rows_per_program, "programs"_a = g.programs,
+                        "shared_bytes"_a = path == "sm90"   ? lg::sm90_shared_bytes()
+                                           : path == "sm80" ? lg::sm80_shared_bytes(tile)
+                                                            : 0);
+      },
+      py::arg("path"), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("multiprocessors"),
+      "Launch settings of linear_gelu's CUDA kernels: of a product that may be split, and of dh.");
   m.def(
       "patch_merge_plan",
       [](int64_t rows, int64_t C, bool fixed_widths, int multiprocessors, bool backward) {

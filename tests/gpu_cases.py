@@ -163,6 +163,8 @@ def _attention_factor(N: int, dtype: torch.dtype) -> float | None:
 def _layer_norms() -> Iterator[Case]:
     for C in (1, 3, 96, 192, 384, 768, 1000, 1024, 1280, 1536, 4096, 8192):
         yield from _cases("add_layer_norm", f"C{C}", (3, 197, C))
+    for shape in ((16, 3136, 96), (64, 197, 768), (64, 50, 1280)):  # several rows for every team
+        yield from _cases("add_layer_norm", f"C{shape[-1]} many rows", shape, dtypes=(BF16,))
     layouts = ("transposed", "sliced", "expanded", "misaligned_1", "nan_border")
     yield from _cases("add_layer_norm", "C384", (4, 50, 384), dtypes=(BF16,), layouts=layouts)
     yield from _cases("add_layer_norm", "C384 dropout", (4, 50, 384), dropout_p=0.1)
@@ -192,10 +194,27 @@ def _attentions() -> Iterator[Case]:
     padded = {"Nk": 257, "key_padding_mask": (2, 257), "dtypes": (BF16,)}
     yield from _cases("attention", "N50 Nk257 D64 padding", 2, 50, 3, 64, **padded)
     yield from _cases("attention_qkvpacked", "N197 D64 dropout", 2, 197, 3, 64, dropout_p=0.1)
+    yield from _long_attentions()
     layouts = ("transposed", "sliced", "expanded", "offset", "misaligned_1", "packed", "nan_border")
     of_layouts = {"dtypes": (BF16,), "layouts": layouts, "grad_layout": "contiguous"}
     yield from _cases("attention", "N50 D64", 2, 50, 3, 64, **of_layouts)
     yield from _cases("attention_qkvpacked", "N197 D64", 2, 197, 3, 64, **of_layouts)
+
+
+def _long_attentions() -> Iterator[Case]:
+    """Every option beyond 272 tokens, and lengths of queries and keys that differ."""
+    one = {"dtypes": (BF16, FP16)}
+    for bias in ((2, 3, 577, 577), (1, 3, 577, 577), (1, 1, 1, 577), (2, 3, 577, 1)):
+        yield from _cases("attention", f"N577 D64 bias {bias}", 2, 577, 3, 64, bias=bias, **one)
+    masked = {"bool_bias": (1, 1, 1370, 1370), "key_padding_mask": (2, 1370)}
+    yield from _cases("attention", "N1370 D64 masks", 2, 1370, 2, 64, **masked, **one)
+    for D in (64, 72, 96, 128):
+        name = f"N577 D{D} dropout"
+        yield from _cases("attention_qkvpacked", name, 2, 577, 3, D, dropout_p=0.1, **one)
+    yield from _cases("attention", "N1025 Nk577 D64", 2, 1025, 3, 64, Nk=577, **one)
+    yield from _cases("attention", "N50 Nk1370 D80", 2, 50, 3, 80, Nk=1370, **one)
+    both = {"bias": (1, 3, 197, 197), "dropout_p": 0.1}
+    yield from _cases("attention", "N197 D64 bias dropout", 2, 197, 3, 64, **both, **one)
 
 
 def _window_attentions() -> Iterator[Case]:
@@ -267,6 +286,7 @@ def _small() -> Iterator[Case]:
     for dtype in (BF16, FP32):
         one = {"dtypes": (dtype,)}
         yield from _cases("add_layer_norm", "C24", (2, 5, 24), **one)
+        yield from _cases("add_layer_norm", "C200 many rows", (45, 3, 200), **one)
         yield from _cases("layer_norm_add", "C40", (2, 3, 40), **one)
         yield from _cases("attention_qkvpacked", "N17 D16", 1, 17, 2, 16, **one)
         yield from _cases("attention_qkvpacked", "N65 D64", 1, 65, 1, 64, **one)

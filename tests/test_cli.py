@@ -132,6 +132,8 @@ def test_quick_demo_writes_the_whole_report(tmp_path):
     assert done.stderr == ""
     for title in ("1. Handwritten digits", "2. The same", "3. Photographs", "4. Report", "passed"):
         assert title in done.stdout
+    table = done.stdout.split("3. Photographs")[1].split("4. Report")[0]
+    assert max(map(len, table.splitlines())) <= 80 and "\nswin_tiny_patch4_window7_224\n" in table
     assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 

@@ -135,34 +135,76 @@ def test_library_needs_no_cuda_library():
     assert not [name for name in needed if "cuda" in name or "torch_cuda" in name]
 
 
+def pieces_of_a_row(types, chunks, forward, gamma):
+    """16-byte pieces of a thread's row: x and residual, or z, dz, dy (and x)."""
+    branch, stream = (2 if types in (1, 6) else 1), (2 if types in (1, 3, 5) else 1)
+    return chunks * (branch + stream if forward else 2 * stream + (1 + gamma) * branch)
+
+
 @needs_nvcc
 @pytest.mark.skipif(disassembler() is None, reason="cuobjdump and nvdisasm are not here")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_sass_of_add_layer_norm(arch):
-    """Template arguments: forward Form, Types, VEC, BLOCK, CHUNKS; backward without Form."""
+    """Template arguments: forward Form, Types, VEC, BLOCK, CHUNKS; backward without Form.
+
+    With types fixed, each piece of a row is read once, by cp.async: in the loop and in what begins
+    the first rows; and in the loop the next row's copies come before this row's reduction.
+    """
     compiled_file = OBJECTS / "add_layer_norm_add_layer_norm_cuda.cu.cuda.o"
     kernels = {k: v for k, v in sass(compiled_file, arch).items() if "finish" not in k}
     assert len(kernels) > 40
     for name, code in kernels.items():
-        arguments = [int(n) for n in re.findall(r"\d+", name)]
-        vectorized, _, chunks = arguments[2:5] if "forward" in name else arguments[1:4]
-        loads = [i for i in code if re.search(r"\bLDG\S*\.128", i)]
-        stores = [i for i in code if re.search(r"\bSTG\S*\.128", i)]
-        if vectorized:  # x and residual, or z and dy; y and z, or dresidual and dx
-            assert len(loads) >= 2 * max(chunks, 1), name
-            assert len(stores) >= 2 * max(chunks, 1), name
+        forward = "forward" in name
+        form, types, vectorized, _, chunks, gamma = (
+            (*(int(n) for n in re.findall(r"\d+", name)), 0)
+            if forward
+            else (0, *(int(n) for n in re.findall(r"\d+", name)))
+        )
+        of = {
+            kind: [i for i, line in enumerate(code) if re.search(rf"\b{kind}\b\S*\.128", line)]
+            for kind in ("LDG", "LDGSTS", "STG")
+        }
+        if types:
+            pieces = pieces_of_a_row(types, chunks, forward, gamma)
+            assert len(of["LDGSTS"]) == 2 * pieces and not of["LDG"], name
+            shuffles = [i for i, line in enumerate(code) if re.search(r"\bSHFL\b", line)]
+            assert max(of["LDGSTS"]) < min(shuffles), name
+            wide, wide_stream = types == 1, types in (1, 3, 5)  # y and z, or dresidual and dx
+            written = chunks * (2 + wide + wide_stream) if not form else 0
+            assert len(of["STG"]) == (written or chunks * (1 + wide_stream)), name
+        elif vectorized:
+            assert len(of["LDG"]) >= 2 * max(chunks, 1) and not of["LDGSTS"], name
+            assert len(of["STG"]) >= 2 * max(chunks, 1), name
         else:
-            assert not loads and not stores, name
-        wanted = [i for i in code if re.search(r"\b(ATOM|ATOMG|RED|LDL|STL)\b", i)]
-        assert not wanted, f"{name}: atomics or local memory"
+            assert not of["LDG"] and not of["LDGSTS"] and not of["STG"], name
+        unwanted = [i for i in code if re.search(r"\b(ATOM|ATOMG|RED|LDL|STL)\b", i)]
+        assert not unwanted, f"{name}: atomics or local memory"
+
+
+@needs_nvcc
+@pytest.mark.skipif(disassembler() is None, reason="cuobjdump and nvdisasm are not here")
+def test_sass_of_dependent_launches():
+    """griddepcontrol where the code is sm_90's own, and only there: the launcher asks for it."""
+    compiled_file = OBJECTS / "add_layer_norm_add_layer_norm_cuda.cu.cuda.o"
+    for arch, there in (("sm_80", False), ("sm_90a", True)):
+        for name, code in sass(compiled_file, arch).items():
+            waits = [i for i in code if re.search(r"\bACQBULK\b", i)]
+            lets = [i for i in code if re.search(r"\bPREEXIT\b", i)]
+            assert len(waits) == (there and name == "finish_kernel"), (name, arch)
+            assert bool(lets) == (there and name.startswith("backward")), (name, arch)
 
 
 # ---- Launch plans
 
 
-def plan(rows, C, aligned=True, common_types=True, multiprocessors=132, pass_="forward"):
-    facts = _native.build_facts()
-    return facts.add_layer_norm_plan(rows, C, aligned, common_types, multiprocessors, pass_)
+def plan(
+    rows, C, aligned=True, common_types=True, multiprocessors=132, pass_="forward",
+    architecture=90, branch=2, stream=2,
+):  # fmt: skip
+    """branch, stream: bytes of an element."""
+    return _native.build_facts().add_layer_norm_plan(
+        rows, C, aligned, common_types, multiprocessors, pass_, architecture, branch, stream
+    )
 
 
 PASSES = ("forward", "backward", "backward_gamma")
@@ -188,7 +230,8 @@ def test_every_element_of_a_row_has_one_place(C, pass_):
                 most = 4 if p["vectorized"] else 2
                 instances = {most, 0} if p["block_per_row"] else {most}
             assert p["chunks"] in instances
-            assert p["shared_bytes"] <= 12 * 1024
+            if not p["fixed_types"]:
+                assert p["shared_bytes"] <= 12 * 1024 and p["slots"] == 0
             if p["fixed_types"] and not p["block_per_row"] and p["chunks"] > 1:
                 assert p["lanes"] == 32  # kLanes
 
@@ -198,8 +241,8 @@ def test_every_element_of_a_row_has_one_place(C, pass_):
 def test_grids(pass_):
     assert plan(0, 768, pass_=pass_)["blocks"] == 0
     assert plan(1, 768, pass_=pass_)["blocks"] == 1
-    large = plan(2**40, 768, pass_=pass_)
-    assert large["blocks"] == 132 * (64 if pass_ == "forward" else 1)
+    assert plan(2**40, 768, pass_=pass_)["blocks"] == 132 * (3 if pass_ == "forward" else 1)
+    assert plan(2**40, 768, common_types=False)["blocks"] == 132 * 64
     for C in (8, 96, 768, 1536, 9000):  # no block without a row: its partial sums are read
         for rows in (1, 7, 200, 50432):
             p = plan(rows, C, pass_=pass_)
@@ -209,19 +252,54 @@ def test_grids(pass_):
 
 @needs_plans
 def test_plans_of_the_shapes_that_count():
-    """(lanes, chunks, threads, blocks) on 132 multiprocessors, for the README's shapes."""
+    """(lanes, chunks, threads, slots, blocks) on 132 multiprocessors, for the README's shapes."""
 
-    def brief(rows, C, pass_):
-        p = plan(rows, C, pass_=pass_)
-        return p["lanes"], p["chunks"], p["threads"], p["blocks"]
+    def brief(rows, C, pass_, **settings):
+        p = plan(rows, C, pass_=pass_, **settings)
+        return p["lanes"], p["chunks"], p["threads"], p["slots"], p["blocks"]
 
     vit_base, swin = 256 * 197, 128 * 3136
-    assert brief(vit_base, 768, "forward") == (32, 3, 256, 6304)
-    assert brief(vit_base, 768, "backward") == (32, 3, 384, 132)
-    assert brief(vit_base, 768, "backward_gamma") == (32, 3, 256, 132)
-    assert brief(swin, 96, "forward") == (16, 1, 256, 8448)
-    assert brief(swin, 96, "backward") == (16, 1, 256, 396)
-    assert brief(vit_base, 1280, "forward") == (0, 1, 160, 8448)
+    assert brief(vit_base, 768, "forward") == (32, 3, 256, 2, 396)
+    assert brief(vit_base, 768, "forward", stream=4) == (32, 3, 256, 2, 264)
+    assert brief(vit_base, 768, "forward", architecture=80) == (32, 3, 256, 2, 264)
+    assert brief(vit_base, 768, "backward") == (32, 3, 384, 3, 132)
+    assert brief(vit_base, 768, "backward_gamma") == (32, 3, 256, 3, 132)
+    assert brief(vit_base, 768, "backward_gamma", stream=4) == (32, 3, 256, 2, 132)
+    assert brief(vit_base, 1024, "backward_gamma", branch=4, stream=4) == (32, 4, 192, 2, 132)
+    assert brief(swin, 96, "forward") == (16, 1, 256, 3, 528)
+    assert brief(swin, 96, "backward") == (16, 1, 256, 3, 396)
+    assert brief(vit_base, 1280, "forward") == (0, 1, 160, 3, 528)
+
+
+SHARED = {80: (164, 163), 86: (100, 99), 90: (228, 227)}  # KB of a multiprocessor, of one block
+
+
+@needs_plans
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("pass_", PASSES)
+def test_rings_fit_their_multiprocessor(pass_, architecture):
+    """With a KB for the driver and 512 static bytes each, and room for the sums of all warps."""
+    for branch, stream in ((2, 2), (2, 4), (4, 4)):
+        for C in (8, 96, 192, 384, 768, 1024, 1032, 1280, 1536, 2048, 2056, 4096):
+            p = plan(2**40, C, True, True, 1, pass_, architecture, branch, stream)
+            if not p["fixed_types"]:  # not even one row fits
+                assert architecture == 86 and C * stream >= 8192
+                continue
+            assert 1 <= p["slots"] <= 3
+            used = p["shared_bytes"] + 512
+            assert used <= SHARED[architecture][1] << 10
+            assert p["blocks"] * (used + 1024) <= SHARED[architecture][0] << 10
+            lanes = p["threads"] if p["block_per_row"] else p["lanes"]
+            types = {(2, 2): 2, (2, 4): 3, (4, 4): 1}[branch, stream]
+            pieces = pieces_of_a_row(types, p["chunks"], pass_ == "forward", pass_[8:] == "_gamma")
+            words = 1 if pass_ == "forward" else 3
+            parameters = (3 if pass_ == "forward" else 2) * 4 * 8 * lanes * p["chunks"]
+            row = (16 * pieces + 4 * words) * p["threads"]
+            assert p["shared_bytes"] == parameters + p["slots"] * row
+            if pass_ != "forward" and not p["block_per_row"]:
+                assert p["slots"] * row >= 12 * C
+            if architecture != 86 and not p["block_per_row"]:
+                assert p["slots"] >= 2  # the next row is under way
 
 
 @needs_plans
@@ -230,13 +308,16 @@ def test_persistent_blocks_fit_their_multiprocessor():
     """Registers are handed out 256 at a time to each warp; a multiprocessor has 65536."""
     source = CSRC / "add_layer_norm/add_layer_norm_cuda.cu"
     for (name, arch), used in compiled(source).items():
-        if not name.startswith("backward_kernel"):
+        if name == "finish_kernel":
             continue
-        types, vectorized, block, chunks, gamma = (int(n) for n in re.findall(r"\d+", name))
+        arguments = [int(n) for n in re.findall(r"\d+", name)]
+        forward = name.startswith("forward")
+        types, _, block, chunks = arguments[1:5] if forward else arguments[:4]
         if block or not types:
             continue
-        C = 256 * chunks
-        p = plan(2**30, C, bool(vectorized), True, 1, PASSES[1 + gamma])
+        pass_ = PASSES[0 if forward else 1 + arguments[4]]
+        bytes_ = (4 if types in (1, 6) else 2), (4 if types in (1, 3, 5) else 2)
+        p = plan(2**30, 256 * chunks, True, True, 1, pass_, int(arch[3:5]), *bytes_)
         assert p["chunks"] == chunks and p["fixed_types"]
         per_warp = (used["registers"] * 32 + 255) // 256 * 256
         assert p["blocks"] * p["threads"] // 32 * per_warp <= 65536, (name, arch)

@@ -348,3 +348,28 @@ def test_order_is_a_permutation_that_the_seed_repeats(kernels):
     assert order(kernels, 5, os_threads=4) == first, "on several OS threads"
     rotations = [[(start + i) % 64 for i in range(64)] for start in range(64)]
     assert all(o not in rotations for o in first)
+
+
+# ---- A grid that begins before the one before it has ended
+
+
+@pytest.mark.parametrize("os_threads", [1, 3])
+def test_a_dependent_grid_waits_for_the_one_before(kernels, os_threads):
+    values, blocks = torch.arange(160, dtype=torch.float32), 5
+    for seed in SEEDS:
+        kernels.set_seed(seed)
+        doubled, sums = nan(160), nan(3, 64)
+        kernels.dependent(values, blocks, os_threads, 0, doubled, sums)
+        assert torch.equal(doubled, 2 * values)
+        rest = torch.zeros(192).index_copy_(0, torch.arange(160), doubled)
+        assert torch.equal(sums, rest.view(3, 64).sum(0).expand(3, 64))
+
+
+def test_a_dependent_grid_that_does_not_wait(kernels):
+    """Nobody waits: an error. One thread of a block does: what the others read is not there yet."""
+    values = torch.arange(160, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="without waiting for the grid before it"):
+        kernels.dependent(values, 5, 1, 1, nan(160), nan(3, 64))
+    sums = nan(3, 64)
+    kernels.dependent(values, 5, 1, 2, nan(160), sums)
+    assert sums.isnan().any()

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,21 +9,13 @@ import time
 
 import pytest
 import torch
-from cli_material import gradient, run
+from cli_material import run
 from safetensors.torch import load_file
+from train_material import FOLDER, TINY, image_folder, train
 
 from vitkernels import FusedViT
-from vitkernels.cli.train import checkpoint
-
-TINY = (
-    "--data", "digits", "--model", "vit_tiny_patch4_8", "--model-kwargs", "embed_dim=16", "depth=1",
-    "num_heads=2", "--batch", "256", "--warmup-epochs", "0", "--workers", "0", "--threads", "1",
-)  # fmt: skip
-STEPS = 5  # of an epoch: 1348 // 256
-
-
-def train(capsys, *arguments):
-    return run(capsys, "train", *arguments)
+from vitkernels.cli.train import checkpoint, study
+from vitkernels.cli.train.engine import Stopped
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -38,22 +29,6 @@ def last(folder):
 def same(a, b) -> bool:
     one, other = weights(last(a)), weights(last(b))
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-
-
-def image_folder(root, classes=("cat", "dog"), each=6, size=40):
-    """Class folders of smooth pictures; those of the second class are darker."""
-    for i, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for k in range(each):
-            picture = gradient(size + k, size).point(lambda v, i=i: v // (1 + 2 * i))
-            picture.save(root / name / f"{k}.png")
-    return root
-
-
-FOLDER = (
-    "--model", "vit_tiny_patch8_32", "--model-kwargs", "embed_dim=16", "depth=1", "num_heads=2",
-    "--batch", "2", "--epochs", "1", "--warmup-epochs", "0", "--workers", "0", "--threads", "1",
-)  # fmt: skip
 
 
 def test_what_a_run_leaves(tmp_path, capsys):
@@ -236,56 +211,6 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path, capsys):
     assert status == 2 and "is damaged" in err and len(err.splitlines()) == 1
 
 
-BAD = {
-    "no data": ((), "--data DIR|digits and --out DIR"),
-    "no such folder": (("--data", "nowhere", "--out", "OUT"), "nowhere is no folder"),
-    "out in use": ((*TINY, "--out", "USED"), "is not empty"),
-    "nothing to resume": (("--resume", "EMPTY"), "holds no run"),
-    "warm-up": (
-        (*TINY, "--epochs", "2", "--warmup-epochs", "2", "--out", "OUT"),
-        "--warmup-epochs",
-    ),
-    "min-lr": ((*TINY, "--min-lr", "1", "--out", "OUT"), "--min-lr"),
-    "ema": ((*TINY, "--ema", "1", "--out", "OUT"), "--ema"),
-    "mixup": ((*TINY, "--mixup", "2", "--out", "OUT"), "--mixup"),
-    "lr": ((*TINY, "--lr", "nan", "--out", "OUT"), "--lr"),
-    "batch": ((*TINY, "--batch", "5000", "--out", "OUT"), "--batch"),
-    "accumulate": ((*TINY, "--accumulate", "9", "--out", "OUT"), "--accumulate"),
-    "model": (("--data", "digits", "--model", "vit_tinny", "--out", "OUT"), "unknown model"),
-    "keyword": ((*TINY, "--model-kwargs", "embed_dim", "--out", "OUT"), "KEY=VALUE"),
-    "strange keyword": ((*TINY, "--model-kwargs", "colour=3", "--out", "OUT"), "colour"),
-    "compare": ((*TINY, "--compare-seeds", "2", "--out", "OUT"), "--teacher"),
-    "teacher": ((*TINY, "--teacher", "none.pth", "--out", "OUT"), "--teacher"),
-    "image size": ((*TINY, "--image-size", "16", "--out", "OUT"), "--image-size"),
-    "one class": (("--data", "ONE", "--out", "OUT"), "at least two classes"),
-    "few images": (("--data", "FEW", "--out", "OUT"), "too few to hold out"),
-    "strange class": (("--data", "TWO", "--val-data", "FEW", "--out", "OUT"), "which"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_usage_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    image_folder(tmp_path / "ONE", classes=("cat",))
-    image_folder(tmp_path / "FEW", classes=("cat", "eel"), each=1)
-    image_folder(tmp_path / "TWO")
-    (tmp_path / "USED").mkdir()
-    (tmp_path / "USED" / "file").touch()
-    (tmp_path / "EMPTY").mkdir()
-    arguments, expected = BAD[name]
-    status, _, err = train(capsys, *arguments)
-    assert status == 2 and len(err.strip().splitlines()) == 1, err
-    assert err.startswith("vitkernels: ") and expected in err
-    assert not os.path.exists("OUT")
-
-
-def test_resume_refuses_other_options(tmp_path, capsys):
-    out = tmp_path / "run"
-    assert train(capsys, *TINY, "--epochs", "1", "--out", out)[0] == 0
-    status, _, err = train(capsys, "--resume", out, "--lr", "0.1")
-    assert status == 2 and "leave out --lr" in err
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -325,6 +250,28 @@ def test_a_study_trains_teacher_and_students_and_reports(tmp_path, capsys):
         assert any(not torch.equal(loads[0][k], loads[1][k]) for k in loads[0])
     assert report["teacher"]["accuracy"] > 0.25
     assert "over all seeds" in said and "over all seeds" in (out / "report.md").read_text()
+
+
+def test_an_interrupted_study_goes_on(tmp_path, capsys, monkeypatch):
+    out, real, calls = tmp_path / "study", study.train, []
+
+    def stopped(o, *rest):
+        calls.append(o.out)
+        if len(calls) == 2:
+            raise Stopped(f"interrupted: go on with vitkernels train --resume {o.out}")
+        return real(o, *rest)
+
+    monkeypatch.setattr(study, "train", stopped)
+    arguments = (*TINY, "--epochs", "1", "--teacher", "cnn", "--teacher-epochs", "1")
+    status, _, err = train(capsys, *arguments, "--compare-seeds", "1", "--out", out)
+    assert status == 130 and err == (
+        f"vitkernels: interrupted: go on with vitkernels train --resume {out}\n"
+    )
+    first = weights(out / "seed-0-alone")
+    monkeypatch.undo()
+    status, said, err = train(capsys, "--resume", out)
+    assert status == 0 and "over all seeds" in said, err
+    assert all(torch.equal(first[k], v) for k, v in weights(out / "seed-0-alone").items())
 
 
 @pytest.mark.parametrize("student", ["deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"])

@@ -11,10 +11,12 @@ from timm_stub import timm
 from torch import nn
 
 from vitkernels import FusedSwin, FusedViT
+from vitkernels.cli import train
 from vitkernels.cli.train import options, recipe, study
-from vitkernels.cli.train.data import InOrder, Shuffled, loader, open_digits, random_box
+from vitkernels.cli.train.data import Bad, InOrder, Shuffled, loader, open_digits, random_box
+from vitkernels.cli.train.heads import packed, packed_order, unpacked
 from vitkernels.cli.train.options import Options
-from vitkernels.cli.train.parallel import clip_gradients, packed, packed_order, unpacked
+from vitkernels.cli.train.parallel import World, clip_gradients
 from vitkernels.cli.usage import UsageError
 
 needs_timm = pytest.mark.skipif(timm is None, reason="timm is not installed")
@@ -90,10 +92,11 @@ def test_mixing_normalises_and_mixes():
     mean, std = torch.tensor([0.2, 0.4, 0.5]), torch.tensor([0.1, 0.3, 0.2])
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     np.random.seed(0)
-    mixed, targets = recipe.Mixing(o, 4, mean, std)(images, torch.tensor([0, 1, 2, 3, 0]))
-    assert mixed.shape[0] == 4 and torch.allclose(targets.sum(1), torch.ones(4))
-    x = (images[:4].double() / 255 - mean[:, None, None]) / std[:, None, None]
-    share = ((mixed[0].double() - x[3]) / (x[0] - x[3])).nanmedian()  # image 0 with image 3
+    mixed, targets = recipe.Mixing(o, 4, mean, std)(images, torch.tensor([0, 1, 2, 3, 1]))
+    assert mixed.shape[0] == 6 and torch.allclose(targets.sum(1), torch.ones(6))
+    images = torch.cat((images, images[2:3]))  # a pair for the odd one
+    x = (images.double() / 255 - mean[:, None, None]) / std[:, None, None]
+    share = ((mixed[0].double() - x[5]) / (x[0] - x[5])).nanmedian()  # image 0 with the last
     torch.testing.assert_close(
         mixed.double(), share * x + (1 - share) * x.flip(0), rtol=1e-5, atol=1e-5
     )
@@ -128,6 +131,25 @@ def test_a_test_sees_every_image_once_in_as_many_batches(length, batch, world):
     assert len({len(part) for part in parts}) == 1
     seen = [i for part in parts for rows in part for _, i in rows if i >= 0]
     assert sorted(seen) == list(range(length))
+
+
+def test_what_fills_a_test_batch_is_readable():
+    good = (torch.zeros(1, 2, 2, dtype=torch.uint8), 3)
+    for base, targets, bad in (([Bad("broken"), good], [-1], 0), ([Bad("broken")], [], 1)):
+        feed = loader(Rows(base), InOrder(1, 4, rank=1, world=2), 0, False)
+        (batch,) = feed
+        assert batch.targets.tolist() == targets and len(batch.bad) == bad
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        return self.rows[key[1]]
 
 
 def test_digits_are_the_same_for_any_epoch_order():
@@ -191,7 +213,7 @@ def test_every_option_has_an_argument_and_a_default():
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     options.configure(parser)
     known = {action.dest for action in parser._actions} - {"help", "resume"}
-    assert known == {field.name for field in dataclasses.fields(Options)}
+    assert known == {field.name for field in dataclasses.fields(Options)} - {"processes"}
     assert vars(parser.parse_args([])) == {}
 
 
@@ -202,6 +224,17 @@ def test_options_survive_the_disk(tmp_path):
     (tmp_path / options.FILE).write_text("{")
     with pytest.raises(UsageError, match="cannot be understood"):
         Options.load(tmp_path)
+
+
+def test_a_step_keeps_its_images_when_the_number_of_processes_changes():
+    began = train._began(Options(batch=12, parallel="fsdp"), World(0, 2))
+    for parallel, size, batch in (("ddp", 1, 24), ("ddp", 4, 6), ("fsdp", 3, 8), ("tp", 4, 24)):
+        o = dataclasses.replace(began, parallel=parallel)
+        assert train._shared(o, World(0, size)).batch == batch
+    with pytest.raises(UsageError, match="5 processes cannot share the 24 images of a step"):
+        train._shared(began, World(0, 5))
+    with pytest.raises(UsageError, match="--compare-seeds takes one process"):
+        train._began(Options(compare_seeds=2), World(0, 2))
 
 
 def test_the_study_says_what_it_found():

@@ -59,4 +59,9 @@ void backward_simt(const Device& device, const Tensor& like, const Args& args);
 void backward_sm80(const Device& device, const Tensor& like, const Args& args);
 void backward_sm90(const Device& device, const Tensor& like, const Args& args);
 
+// dbias where all keys of a row share an element. delta, rowsum(P dP): of query i of head h at h *
+// head_stride + i * row_stride.
+void constant_dbias_simt(const Device& device, const Args& args, const float* delta,
+                         int64_t head_stride, int row_stride);
+
 }  // namespace vitkernels::attention

@@ -285,11 +285,12 @@ __global__ void __launch_bounds__(kThreads) dbias_kernel(Args a, const float* st
 }
 
 // dbias_columns is 1 here. Softmax does not see a term that all keys share: dS of a row sums to 0,
-// unless the row has a NaN. A block has one element of dbias.
-__global__ void __launch_bounds__(kThreads) constant_dbias_kernel(Args a, const float* stats) {
+// unless the row has a NaN. A block has one element of dbias. delta: of query i of head h at h *
+// head_stride + i * row_stride.
+__global__ void __launch_bounds__(kThreads)
+    constant_dbias_kernel(Args a, const float* delta, int64_t head_stride, int row_stride) {
   check_launch_bounds<kThreads>();
   const int64_t items = static_cast<int64_t>(a.dbias_batch) * a.dbias_heads * a.dbias_rows;
-  const int64_t size = static_cast<int64_t>(a.B) * a.H * a.Nq;
   const int batches = a.dbias_batch == 1 ? a.B : 1, heads = a.dbias_heads == 1 ? a.H : 1;
   const int rows = a.dbias_rows == 1 ? a.Nq : 1;
   const int64_t members = static_cast<int64_t>(batches) * heads * rows;
@@ -301,9 +302,9 @@ __global__ void __launch_bounds__(kThreads) constant_dbias_kernel(Args a, const 
     for (int64_t member = threadIdx.x; member < members; member += kThreads) {
       const int64_t head_member = divide(member, rows), b_member = divide(head_member, heads);
       const int64_t b = slice_b + b_member, h = slice_head + head_member - b_member * heads;
-      const int64_t at = (b * a.H + h) * a.Nq + slice_row + member - head_member * rows;
-      const float delta = stats[size + at];
-      spoilt = spoilt || (a.lse[at] != -kInf && delta - delta != 0.0f);
+      const int64_t head = b * a.H + h, i = slice_row + member - head_member * rows;
+      const float of_row = delta[head * head_stride + i * row_stride];
+      spoilt = spoilt || (a.lse[head * a.Nq + i] != -kInf && of_row - of_row != 0.0f);
     }
     const bool any = __syncthreads_or(spoilt) != 0;
     if (threadIdx.x == 0) store_scalar(a.dbias, a.bias.dtype, item, any ? NAN : 0.0f);
@@ -343,12 +344,18 @@ void backward_simt(const Device& device, const Tensor& like, const Args& a) {
   if (a.dbias == nullptr) return;
   const int64_t slices = static_cast<int64_t>(a.dbias_batch) * a.dbias_heads;
   if (a.dbias_columns == 1)
-    device.launch(constant_dbias_kernel, dim3(simt::grid(slices * a.dbias_rows)), dim3(kThreads), 0,
-                  a, static_cast<const float*>(stats));
+    constant_dbias_simt(device, a, stats + heads * a.Nq, a.Nq, 1);
   else
     device.launch(dbias_kernel,
                   dim3(simt::grid(slices * simt::tiles(a.dbias_rows) * simt::tiles(a.Nk))),
                   dim3(kThreads), 0, a, static_cast<const float*>(stats));
+}
+
+void constant_dbias_simt(const Device& device, const Args& a, const float* delta,
+                         int64_t head_stride, int row_stride) {
+  const int64_t items = static_cast<int64_t>(a.dbias_batch) * a.dbias_heads * a.dbias_rows;
+  device.launch(constant_dbias_kernel, dim3(simt::grid(items)), dim3(kThreads), 0, a, delta,
+                head_stride, row_stride);
 }
 
 }  // namespace vitkernels::attention

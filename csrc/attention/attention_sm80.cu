@@ -1,5 +1,6 @@
 // Forward of attention on sm_80 tensor cores (mma.sync, ldmatrix, cp.async): bf16 and fp16, head
-// dims to 128 in steps of 8, up to 272 queries and keys, any bias or mask; no dropout.
+// dims to 128 in steps of 8, up to 272 queries and keys, any bias or mask; no dropout. The path's
+// other calls are attention_sm80_long.cu's.
 //
 // A block has one (batch item, head): q, k and v go to shared memory once, by asynchronous copies
 // that are all issued at the start. A warp owns tiles of 16 queries: S = Q K^T for 48 keys in
@@ -129,12 +130,7 @@ __global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<HEAD_DIM>)
 }
 
 template <DType TYPE>
-void launch(const Device& device, const Tensor& like, const Args& a) {
-  const Plan p = forward_plan(a.Nq, a.Nk, a.D, device.architecture());
-  VK_CHECK(p.warps > 0 || forced_cuda_path() == CudaPath::kAuto, "attention",
-           "path sm80 cannot serve this call: a multiprocessor of this GPU has too little shared "
-           "memory");
-  if (p.warps == 0) return forward_simt(device, like, a);
+void launch(const Device& device, const Args& a, const Plan& p) {
   with_head_dim(a.D, [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
     device.launch(has_masks(a) ? forward_kernel<TYPE, kHeadDim, Masks::kAny>
@@ -149,11 +145,15 @@ void launch(const Device& device, const Tensor& like, const Args& a) {
 
 Refusal sm80_refuses_forward(const Args& args) { return refuses(args); }
 
-void forward_sm80(const Device& device, const Tensor& like, const Args& args) {
-  if (args.dtype == DType::kBF16)
-    launch<DType::kBF16>(device, like, args);
+void forward_sm80(const Device& device, const Tensor&, const Args& args) {
+  const Plan p =
+      is_short(args) ? forward_plan(args.Nq, args.Nk, args.D, device.architecture()) : Plan{};
+  if (p.warps == 0)
+    forward_sm80_long(device, args);
+  else if (args.dtype == DType::kBF16)
+    launch<DType::kBF16>(device, args, p);
   else
-    launch<DType::kF16>(device, like, args);
+    launch<DType::kF16>(device, args, p);
 }
 
 }  // namespace vitkernels::attention

@@ -15,6 +15,14 @@
 #include "common/device.cuh"
 #include "common/mma.cuh"
 
+namespace vitkernels::attention {
+
+// Launches of attention_sm80_long*.cu.
+void forward_sm80_long(const Device& device, const Args& args);
+void backward_sm80_long(const Device& device, const Tensor& like, const Args& args);
+
+}  // namespace vitkernels::attention
+
 namespace vitkernels::attention::sm80 {
 
 constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
@@ -285,15 +293,21 @@ inline bool on_lines(const Args& a, const HeadView& view, int N) {
          fits(N, view.row) && fits(a.H, view.head);
 }
 
+// Of the path. Blocks are counted by the smallest of any kernel: 32 queries, 64 keys.
 inline Refusal refuses(const Args& a) {
   if (a.dtype == DType::kF32) return "it takes bf16 and fp16";
   if (a.D % 8 != 0 || a.D > kMaxHeadDim) return "it takes head dims to 128, multiples of 8";
-  if (a.Nq > kMaxRows || a.Nk > kMaxRows) return "it takes at most 272 queries and keys";
-  if (a.dropout.seed != nullptr) return "it has no dropout";
-  if (static_cast<int64_t>(a.B) * a.H > INT32_MAX) return "it takes below 2^31 heads";
+  const int64_t blocks = std::max((int64_t{a.Nq} + 63) / 32, (int64_t{a.Nk} + 63) / 64);
+  if (static_cast<int64_t>(a.B) * a.H > INT32_MAX / blocks) return "it takes below 2^31 blocks";
   if (!on_lines(a, a.q, a.Nq) || !on_lines(a, a.k, a.Nk) || !on_lines(a, a.v, a.Nk))
     return "rows of q, k and v must begin on 16-byte lines";
   return "";
+}
+
+// Whether attention_sm80.cu and _sm80_backward.cu can serve a call, where shared memory allows; the
+// kernels of attention_sm80_long*.cu serve any.
+inline bool is_short(const Args& a) {
+  return a.Nq <= kMaxRows && a.Nk <= kMaxRows && a.dropout.seed == nullptr && a.dbias == nullptr;
 }
 
 inline bool has_masks(const Args& a) { return a.bias.data != nullptr || a.padding != nullptr; }

@@ -1,5 +1,5 @@
-// Backward of attention on sm_80 tensor cores: what attention_sm80.cu serves; the gradient of a
-// bias is left to the other paths.
+// Backward of attention on sm_80 tensor cores: what attention_sm80.cu serves, without the gradient
+// of a bias. The path's other calls are attention_sm80_long_backward.cu's.
 //
 // A block has one (batch item, head) and two passes of one form. A pass has rows that the warps own
 // in tiles of 16, and columns that all go through, 16 at a time:
@@ -215,12 +215,7 @@ __global__ void __launch_bounds__(kBackwardThreads<HEAD_DIM>, kBackwardBlocks<HE
 }
 
 template <DType TYPE>
-void launch(const Device& device, const Tensor& like, const Args& a) {
-  const Plan p = backward_plan(a.Nq, a.Nk, a.D, device.architecture());
-  VK_CHECK(p.warps > 0 || forced_cuda_path() == CudaPath::kAuto, "attention",
-           "path sm80 cannot serve this call: a multiprocessor of this GPU has too little shared "
-           "memory");
-  if (p.warps == 0) return backward_simt(device, like, a);
+void launch(const Device& device, const Args& a, const Plan& p) {
   with_head_dim(a.D, [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
     device.launch(has_masks(a) ? backward_kernel<TYPE, kHeadDim, Masks::kAny>
@@ -236,17 +231,20 @@ void launch(const Device& device, const Tensor& like, const Args& a) {
 Refusal sm80_refuses_backward(const Args& args) {
   const Refusal why = refuses(args);
   if (!why.empty()) return why;
-  if (args.dbias != nullptr) return "it has no gradient of the bias";
   if (!on_lines(args, args.dout, args.Nq) || !on_lines(args, args.out, args.Nq))
     return "rows of dout and out must begin on 16-byte lines";
   return "";
 }
 
 void backward_sm80(const Device& device, const Tensor& like, const Args& args) {
-  if (args.dtype == DType::kBF16)
-    launch<DType::kBF16>(device, like, args);
+  const Plan p =
+      is_short(args) ? backward_plan(args.Nq, args.Nk, args.D, device.architecture()) : Plan{};
+  if (p.warps == 0)
+    backward_sm80_long(device, like, args);
+  else if (args.dtype == DType::kBF16)
+    launch<DType::kBF16>(device, args, p);
   else
-    launch<DType::kF16>(device, like, args);
+    launch<DType::kF16>(device, args, p);
 }
 
 }  // namespace vitkernels::attention

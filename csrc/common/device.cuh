@@ -36,14 +36,24 @@ VK_DEVICE char* element(void* data, int64_t index, DType dtype) {
 template <bool VEC>
 struct Columns {
   int first, step, end;  // end is the row's length
+  int before;            // columns of earlier chunks: often a constant, so addresses add it last
+  bool whole = false;    // known to be inside the row, with VEC
 
   VK_DEVICE Columns(int chunk, int rank, int size, int length)
       : first(VEC ? (chunk * size + rank) * 8 : chunk * 8 * size + rank),
         step(VEC ? 1 : size),
-        end(length) {}
+        end(length),
+        before(chunk * size * 8) {}
   VK_DEVICE int operator[](int j) const { return first + j * step; }
   // VEC promises a length that is a multiple of 8.
-  VK_DEVICE bool holds(int j) const { return VEC ? first < end : first + j * step < end; }
+  VK_DEVICE bool holds(int j) const { return VEC ? whole || first < end : first + j * step < end; }
+  // The address of the first.
+  VK_DEVICE const char* in(const void* row, DType dtype) const {
+    return element(static_cast<const void*>(element(row, first - before, dtype)), before, dtype);
+  }
+  VK_DEVICE char* in(void* row, DType dtype) const {
+    return element(static_cast<void*>(element(row, first - before, dtype)), before, dtype);
+  }
 };
 
 // Elements outside the row are 0.
@@ -52,7 +62,7 @@ VK_DEVICE Raw8 load_raw(const void* row, DType dtype, const Columns<VEC>& column
   Raw8 raw = {};
   if constexpr (VEC) {
     if (columns.holds(0)) {
-      const char* p = element(row, columns.first, dtype);
+      const char* p = columns.in(row, dtype);
       const uint4 a = CACHED ? load_cached_16(p) : load_streaming_16(p);
       raw.w[0] = a.x, raw.w[1] = a.y, raw.w[2] = a.z, raw.w[3] = a.w;
       if (is_wide(dtype)) {
@@ -78,7 +88,7 @@ VK_DEVICE Raw8 load_raw(const void* row, DType dtype, const Columns<VEC>& column
 // thread a 128-byte line.
 template <bool VEC>
 VK_DEVICE void prefetch(const void* row, DType dtype, const Columns<VEC>& columns) {
-  const char* p = element(row, columns.first, dtype);
+  const char* p = columns.in(row, dtype);
   if (columns.holds(0) && reinterpret_cast<uintptr_t>(p) % 128 < (is_wide(dtype) ? 32 : 16))
     prefetch_l2(p);
 }
@@ -124,7 +134,7 @@ VK_DEVICE void store(void* row, DType dtype, const Columns<VEC>& columns, const 
   const Raw8 raw = to_raw(v, dtype);
   if constexpr (VEC) {
     if (!columns.holds(0)) return;
-    char* p = element(row, columns.first, dtype);
+    char* p = columns.in(row, dtype);
     store_16(p, make_uint4(raw.w[0], raw.w[1], raw.w[2], raw.w[3]));
     if (is_wide(dtype)) store_16(p + 16, make_uint4(raw.w[4], raw.w[5], raw.w[6], raw.w[7]));
   } else if (is_wide(dtype)) {

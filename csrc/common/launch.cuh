@@ -48,6 +48,34 @@ class Device {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
+  // Two launches, of which the second may begin while the first ends, where the architecture can
+  // (csrc/common/dependent_launch.cuh): it calls wait_for_grid_before() before it reads what the
+  // first wrote [G: "Programmatic Dependent Launch and Synchronization"].
+  template <class... Parameters, class... Arguments>
+  void launch_leading(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                      const Arguments&... arguments) {
+    launch(kernel, grid, block, shared_bytes, arguments...);
+  }
+  template <class... Parameters, class... Arguments>
+  void launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                        const Arguments&... arguments) {
+    // Code for an older architecture, compiled for this one by the driver, does not wait.
+    cudaFuncAttributes code{};
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&code, kernel));
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_;
+    config.attrs = &early;
+    config.numAttrs = architecture_ >= 90 && code.ptxVersion >= 90 ? 1 : 0;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;

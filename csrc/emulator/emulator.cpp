@@ -17,6 +17,7 @@
 
 #include "emulator/arena.h"
 #include "emulator/async_proxy.h"
+#include "emulator/dependent_launch.h"
 #include "emulator/describe.h"
 #include "emulator/fiber.h"
 
@@ -65,6 +66,7 @@ struct Block {
   PartBarrier part_barriers[16];
   Arena arena;
   AsyncProxy async;
+  Dependence dependence;
   std::exception_ptr error;
   void* scheduler = nullptr;  // its stack pointer while a fiber runs
   SanitizedStack scheduler_stack;
@@ -295,6 +297,7 @@ void wake(Fiber& fiber) {
 }
 
 AsyncProxy& async_proxy() { return running->block->async; }
+Dependence& dependence() { return running->block->dependence; }
 
 // ---- The order of fibers
 
@@ -418,11 +421,11 @@ struct Worker {
   }
 
   void run_block(const Shape& shape, const std::function<void()>& body, Index3 index, uint64_t seed,
-                 void* launch);
+                 void* launch, LeadingGrid* leading);
 };
 
 void Worker::run_block(const Shape& shape, const std::function<void()>& body, Index3 index,
-                       uint64_t seed, void* launch) {
+                       uint64_t seed, void* launch, LeadingGrid* leading) {
   const int threads = static_cast<int>(shape.block.x * shape.block.y * shape.block.z);
   if (kFreshMemory) {
     stacks.clear();
@@ -444,6 +447,7 @@ void Worker::run_block(const Shape& shape, const std::function<void()>& body, In
   const uintptr_t line = (reinterpret_cast<uintptr_t>(arena.get()) + 1023) / 1024 * 1024;
   block.arena.open(reinterpret_cast<char*>(line), shape.shared_bytes);
   block.async.open(block.arena.base);
+  block.dependence = {leading, {}};
   block.fibers.assign(threads, Fiber{});
   block.ready.assign((threads + kWarp - 1) / kWarp, {});
   for (int id = 0; id < threads; ++id) {
@@ -462,7 +466,7 @@ void Worker::run_block(const Shape& shape, const std::function<void()>& body, In
   std::minstd_rand random(static_cast<uint32_t>(seed ^ seed >> 32) | 1);
   bool stuck = false;
   while (block.live > 0 && block.error == nullptr && !stuck)
-    stuck = !block.step(random) && !block.async.advance(random);
+    stuck = !block.step(random) && !block.async.advance(random) && !block.dependence.advance();
   running = nullptr;
   if (ended.size() > kMostEnded) forget_ended();
   for (Fiber& fiber : block.fibers)
@@ -533,7 +537,7 @@ Settings& settings() {
   return values;
 }
 
-void run(const Shape& shape, const std::function<void()>& thread_body) {
+void run(const Shape& shape, const std::function<void()>& thread_body, LeadingGrid* leading) {
   static Pool pool;
   check_shape(shape);
   if (running != nullptr)
@@ -561,7 +565,7 @@ void run(const Shape& shape, const std::function<void()>& thread_body) {
         const Index3 index(static_cast<unsigned>(b % shape.grid.x),
                            static_cast<unsigned>(b / shape.grid.x % shape.grid.y),
                            static_cast<unsigned>(b / shape.grid.x / shape.grid.y));
-        worker->run_block(shape, thread_body, index, mix(seed ^ mix(b)), launch.get());
+        worker->run_block(shape, thread_body, index, mix(seed ^ mix(b)), launch.get(), leading);
       }
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex);

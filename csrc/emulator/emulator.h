@@ -46,6 +46,7 @@ struct Settings {
 Settings& settings();
 
 struct Block;
+class LeadingGrid;
 using Finish = void (*)(void* const* records);
 
 // Copies that a thread has begun and not yet waited for, in the groups it committed them in. They
@@ -161,9 +162,10 @@ struct Shape {
   size_t shared_bytes;
 };
 
-// Runs thread_body once per CUDA thread. Throws std::runtime_error: a shape that no GPU takes, a
-// deadlock, a failure.
-void run(const Shape& shape, const std::function<void()>& thread_body);
+// Runs thread_body once per CUDA thread, as a dependent of the leading grid if there is one. Throws
+// std::runtime_error: a shape that no GPU takes, a deadlock, a failure.
+void run(const Shape& shape, const std::function<void()>& thread_body,
+         LeadingGrid* leading = nullptr);
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Shape& shape, const Arguments&... arguments) {

@@ -6,8 +6,7 @@
 //   once and writes dx to the same pixels: a pixel belongs to one row, so nothing is added up
 //   there. Each thread keeps the sums over rows of dweight and dbias for its columns, blocks write
 //   them, and finish_kernel adds them in a fixed order: no atomics.
-// Grid: 1..32 lanes a row up to C = 256, a block a row up to C = 1024. Beyond, where C % 8 != 0,
-// and
+// Grid: 1..32 lanes a row up to C = 256, a block a row up to C = 1024. Beyond, where C % 8 != 0 and
 //   for a y wider than x, a block walks the row and reads it again in each pass. Persistent: as
 //   many blocks as stay (patch_merge_plan.h), which keep weight and bias in shared memory.
 // Memory per block: 512 B + 32 C forward, 512 B + 48 C (16 C with a block per row) backward.

@@ -8,17 +8,23 @@
 
 namespace vitkernels {
 
-template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), emulator::Index3 grid, emulator::Index3 block,
-                   size_t shared_bytes, const Arguments&... arguments) {
+// Null, or the error that `run` ended with.
+template <class Run>
+const char* guarded(const Run& run) {
   static std::string message;
   try {
-    emulator::launch(kernel, {grid, block, shared_bytes}, arguments...);
+    run();
     return nullptr;
   } catch (const std::exception& error) {
     message = error.what();
     return message.c_str();
   }
+}
+
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), emulator::Index3 grid, emulator::Index3 block,
+                   size_t shared_bytes, const Arguments&... arguments) {
+  return guarded([&] { emulator::launch(kernel, {grid, block, shared_bytes}, arguments...); });
 }
 
 }  // namespace vitkernels

@@ -1,6 +1,7 @@
 // Small kernels for tests/test_emulator.py, each with a C function that launches it and returns
 // null or the error. A `bug` argument takes one necessary thing away: the tests show that the
 // emulator notices.
+#include "common/dependent_launch.cuh"
 #include "common/device.cuh"
 #include "exports.h"
 
@@ -145,6 +146,22 @@ __global__ void two_barriers_kernel() {
 
 __global__ void own_lane_left_out_kernel() { __syncwarp(0xfffffffeu); }
 
+// ---- A grid that begins before the one before it has ended: from is doubled, then summed
+
+__global__ void leading_kernel(const float* from, float* doubled) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  let_next_grid_begin();
+  doubled[i] = 2.0f * from[i];
+}
+
+__global__ void dependent_kernel(const float* doubled, int n, int bug, float* sums) {
+  if (bug == 0 || (bug == 2 && threadIdx.x == 0)) wait_for_grid_before();
+  float sum = 0.0f;
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x))
+    sum += doubled[i];
+  sums[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+}
+
 // ---- Memory
 
 __global__ void static_shared_kernel(int* out) {
@@ -273,4 +290,14 @@ EXPORT philox(uint64_t seed, uint64_t first, int n, uint32_t* out) {
 EXPORT order(int blocks, int threads, int os_threads, int* counter, int* out) {
   emulator::settings().threads = os_threads;
   return launch(order_kernel, blocks, threads, 0, counter, out);
+}
+EXPORT dependent(const float* from, int blocks, int os_threads, int bug, float* doubled,
+                 float* sums) {
+  emulator::settings().threads = os_threads;
+  return guarded([&] {
+    emulator::LeadingGrid leading(
+        [&] { emulator::launch(leading_kernel, {blocks, 32, 0}, from, doubled); });
+    emulator::run_dependent(leading, {3, 64, 0},
+                            [&] { dependent_kernel(doubled, 32 * blocks, bug, sums); });
+  });
 }

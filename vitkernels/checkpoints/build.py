@@ -52,12 +52,12 @@ def build(
     with one_sentence(loader, origin, family.name):
         found = family.settings_from_shapes(loader, origin, state, {**hints, **overrides})
     found = {**found, **hints}
-    settings = {**found, **overrides}
+    settings = {**found, **overrides, "weight_init": "skip"}
     fresh_head = settings["num_classes"] != found["num_classes"]
     if fresh_head:
         state = {key: value for key, value in state.items() if not key.startswith(family.head)}
     try:
-        model = cls(**settings, weight_init="skip", device="meta").eval()
+        model = cls(**settings, device="meta").eval()
     except (TypeError, ValueError) as error:
         raise type(error)(f"{loader}: {origin}: {error}") from error
     if fresh_head:

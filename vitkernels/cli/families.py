@@ -30,6 +30,7 @@ class Family:
     common: tuple[str, ...]  # names to suggest
     shape: Callable[[nn.Module], tuple[tuple[str, object], ...]]  # what names and weights agree on
     unwritten: Callable[[nn.Module], dict]  # arguments that shapes of weights do not tell
+    saved: Callable[[nn.Module], dict]  # arguments for the config.json beside weights of ours
 
 
 def family_of(model: nn.Module) -> Family:
@@ -84,6 +85,10 @@ def _shape_of_vit(model: FusedViT) -> tuple[tuple[str, object], ...]:
 
 def _shape_of_deit(model: FusedDeiT) -> tuple[tuple[str, object], ...]:
     return (*_shape_of_vit(model), ("the number of distillation tokens", int(model.distilled)))
+
+
+def _saved_of_vit(model: FusedViT) -> dict:
+    return {"num_heads": model.blocks[0].attn.num_heads, "global_pool": model.global_pool}
 
 
 def _by(size: tuple[int, int]) -> str:
@@ -145,6 +150,16 @@ def _unwritten_of_swin(model: FusedSwin) -> dict:
     return {"pretrained_window_sizes": sizes}
 
 
+def _saved_of_swin(model: FusedSwin) -> dict:
+    return {
+        "window_size": model._ref_window_sizes,
+        "global_pool": model.global_pool,
+        "pad_mode": model.pad_mode,
+        "window_clamp": model.window_clamp,
+        **_unwritten_of_swin(model),
+    }
+
+
 FAMILIES = (
     Family(
         title="ViT",
@@ -158,6 +173,7 @@ FAMILIES = (
         ),
         shape=_shape_of_vit,
         unwritten=lambda model: {"num_heads": model.blocks[0].attn.num_heads},
+        saved=_saved_of_vit,
     ),
     Family(
         title="hybrid ViT",
@@ -167,6 +183,7 @@ FAMILIES = (
         common=HYBRID_NAMES,
         shape=_shape_of_hybrid,
         unwritten=_unwritten_of_hybrid,
+        saved=_saved_of_vit,
     ),
     Family(
         title="Swin",
@@ -181,6 +198,7 @@ FAMILIES = (
         ),
         shape=_shape_of_swin,
         unwritten=_unwritten_of_swin,
+        saved=_saved_of_swin,
     ),
     Family(
         title="DeiT",
@@ -190,5 +208,6 @@ FAMILIES = (
         common=DEIT_NAMES,
         shape=_shape_of_deit,
         unwritten=lambda model: {"num_heads": model.blocks[0].attn.num_heads},
+        saved=_saved_of_vit,
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from pathlib import Path
 
@@ -121,6 +122,11 @@ def _pretrained(family: Family, path: Path, **settings) -> nn.Module:
         ) from None
     except (ValueError, ImportError, OSError) as error:
         told = one_line(error).removeprefix("from_pretrained: ")
+        told = re.sub(
+            r", which Fused\w+ does not load: use Fused\w+\.from_pretrained$",
+            ": name its own --model, or leave --model out",
+            told,
+        )
         raise UsageError(f"{_argument(error, '--weights')}: {told}") from None
 
 
@@ -134,5 +140,5 @@ def _skeleton(name: str, **settings) -> nn.Module:
     check_name(name)
     family = plain_family(name)
     if family is not None:
-        return _named(family, name, weight_init="skip", device="meta", **settings)
+        return _named(family, name, **settings | {"weight_init": "skip", "device": "meta"})
     return make_model(name, **settings)

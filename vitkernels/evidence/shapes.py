@@ -28,7 +28,7 @@ MODULES = {  # operator -> the file beside this one that makes its subjects
 }
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PATHS = ("simt", "sm80", "sm90")  # of the operators whose CUDA launcher chooses among kernels
-HAS_PATHS = ("attention", "attention_qkvpacked", "window_attention")
+HAS_PATHS = ("attention", "attention_qkvpacked", "window_attention", "linear_gelu", "linear")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,7 @@ def _windows(name, shape, window, shift=0, *, fp32=False, tune=True) -> Row:
     return Row("window_attention", name, shape, small, options, fp32, tune)
 
 
+BIAS = (("bias", True),)
 ROWS: tuple[Row, ...] = (
     *_attention("vit_base_224", (256, 197, 12, 64), fp32=True),
     *_attention("deit_tiny_50", (512, 50, 3, 64)),
@@ -75,7 +76,8 @@ ROWS: tuple[Row, ...] = (
     *_attention("dinov2_large_518", (16, 1370, 16, 64)),
     *_attention("dinov3_7b", (16, 1029, 32, 128), tune=False),
     *_attention("head_dim_32", (128, 197, 12, 32), tune=False),
-    Row("attention", "vit_base_224_bias", (64, 197, 12, 64), (1, 9, 2, 16), (("bias", True),)),
+    Row("attention", "vit_base_224_bias", (64, 197, 12, 64), (1, 9, 2, 16), BIAS),
+    Row("attention", "vit_base_384_bias", (16, 577, 12, 64), (1, 9, 2, 16), BIAS, tune=False),
     _windows("swin_tiny_stage1", (128, 56, 56, 3, 32), 7, fp32=True),
     _windows("swin_tiny_stage1_shifted", (128, 56, 56, 3, 32), 7, 3),
     _windows("swin_tiny_stage3_shifted", (128, 14, 14, 12, 32), 7, 3, tune=False),

@@ -38,3 +38,8 @@ def global_hooks() -> bool:
 def plain(*tensors: Tensor | None) -> bool:
     """Whether none of these is a DTensor, a quantized tensor or another that brings its own ops."""
     return not any(t is not None and is_traceable_wrapper_subclass(t) for t in tensors)
+
+
+def own_part(tensor):
+    """What this process holds of a DTensor, with gradients; other tensors as they are."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

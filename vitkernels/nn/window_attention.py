@@ -17,7 +17,7 @@ from ..ops.window_attention import reference
 from .linear import Linear
 from .resample import resample_bias_table
 from .trunc_normal import trunc_normal_
-from .watched import plain
+from .watched import own_part, plain
 from .windows import Pair, Windows
 
 
@@ -37,7 +37,7 @@ class _WindowAttention(nn.Module):
             shift_size=windows.shift,
             num_heads=self.num_heads,
             scale=self.scale,
-            logit_scale=self.logit_scale,
+            logit_scale=own_part(self.logit_scale),
             dropout_p=self.attn_drop.p if self.training else 0.0,
         )
         return self.proj_drop(self.proj(windows.crop(out, *x.shape[1:3])))
@@ -103,7 +103,7 @@ class WindowAttention(_WindowAttention):
         self._set_window(window_size)
 
     def bias_table(self) -> Tensor:
-        return self.relative_position_bias_table
+        return own_part(self.relative_position_bias_table)
 
     def _qkv(self, x: Tensor) -> Tensor:
         return self.qkv(x)
@@ -182,6 +182,10 @@ class WindowAttentionV2(_WindowAttention):
     def _qkv(self, x: Tensor) -> Tensor:
         if self.q_bias is None:
             return self.qkv(x)
+        if not plain(self.q_bias):  # heads split over processes: the Linear knows how
+            q_bias, v_bias = own_part(self.q_bias), own_part(self.v_bias)
+            qkv = self.qkv(x)
+            return qkv + torch.cat((q_bias, torch.zeros_like(q_bias), v_bias)).to(qkv.dtype)
         bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
         return (linear if plain(x, self.qkv.weight) else F.linear)(x, self.qkv.weight, bias)
 

@@ -5,7 +5,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <memory>
+
 #include "common/platform.cuh"
+#include "emulator/dependent_launch.h"
 
 #define VK_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m)
 
@@ -24,6 +27,26 @@ class Device {
               const Arguments&... arguments) const {
     emulator::launch(kernel, {grid, block, shared_bytes}, arguments...);
   }
+
+  // Kept until launch_dependent, which must follow.
+  template <class... Parameters, class... Arguments>
+  void launch_leading(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                      const Arguments&... arguments) {
+    const std::tuple<std::decay_t<Parameters>...> copies(arguments...);
+    leading_ = std::make_unique<emulator::LeadingGrid>(
+        [=] { emulator::run({grid, block, shared_bytes}, [&] { std::apply(kernel, copies); }); });
+  }
+  template <class... Parameters, class... Arguments>
+  void launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                        const Arguments&... arguments) {
+    const std::tuple<std::decay_t<Parameters>...> copies(arguments...);
+    const auto leading = std::move(leading_);
+    emulator::run_dependent(*leading, {grid, block, shared_bytes},
+                            [&] { std::apply(kernel, copies); });
+  }
+
+ private:
+  std::unique_ptr<emulator::LeadingGrid> leading_;
 };
 
 }  // namespace vitkernels

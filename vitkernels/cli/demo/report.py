@@ -84,7 +84,7 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-HEADINGS = ("model", "dtype", "on", "images/s", "ms", "peak MiB", "max diff", "relative")
+HEADINGS = ("model", "dtype", "on", "images/s", "ms/batch", "peak MiB", "max diff", "relative")
 
 
 def _markdown(facts: dict, rows: list[Row]) -> str:

@@ -83,7 +83,7 @@ class Demo:
 
     def time_photographs(self) -> None:
         plan = self.plan
-        self.say(f"3. Photographs: {', '.join(plan.models)}, batch {plan.batch}")
+        self.say(f"3. Photographs: batches of {plan.batch}; differences of logits from float64's")
         self.photographs = photos.load_photographs()
         images = photos.make_batch(self.photographs, self.device)[: plan.batch]
         rows = []
@@ -99,10 +99,13 @@ class Demo:
         ]
         if any(row.contender == "timm" for row in rows):
             self.timm_note = ""
-        timings = table(*report.HEADINGS, left=3)
-        for row in self.rows:
-            timings.add_row(*report.cells(row))
-        self.console.print(timings)
+        for model in plan.models:  # a table each: with their names the lines pass 80 columns
+            timings = table(*report.HEADINGS[1:], left=2, title=model)
+            for row in self.rows:
+                if row.model == model:
+                    timings.add_row(*report.cells(row)[1:])
+            self.console.print(timings)
+            self.console.print()
 
     def write(self, out: Path) -> None:
         self.say("4. Report")

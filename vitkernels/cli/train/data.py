@@ -23,6 +23,10 @@ from ..usage import UsageError
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of the digits' pixels in [0, 1]
 
 
+class Unreadable(UsageError):
+    """What one of several processes may meet alone: an image that cannot be read."""
+
+
 @dataclasses.dataclass
 class Bad:
     """An image that could not be read, and why."""
@@ -257,7 +261,7 @@ class InOrder:
 
 
 class _Filled(Dataset):
-    """Index -1 is the first image without a target."""
+    """Index -1 is the first readable image without a target."""
 
     def __init__(self, base: Dataset):
         self.base = base
@@ -266,8 +270,8 @@ class _Filled(Dataset):
         epoch, index = key
         if index >= 0:
             return self.base[key]
-        sample = self.base[(epoch, 0)]
-        return sample if isinstance(sample, Bad) else (sample[0], -1)
+        samples = (self.base[(epoch, i)] for i in range(len(self.base)))
+        return next(((s[0], -1) for s in samples if not isinstance(s, Bad)), Bad("no image at all"))
 
 
 def loader(dataset: Dataset, batches, workers: int, pinned: bool) -> DataLoader:

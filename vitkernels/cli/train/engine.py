@@ -17,11 +17,11 @@ from ..progress import bar
 from ..usage import UsageError
 from . import recipe, state
 from .checkpoint import Store, random_state, seed_everything, set_random_state
-from .data import Batch, Data, InOrder, Shuffled, loader
+from .data import Batch, Data, InOrder, Shuffled, Unreadable, loader
 from .interrupt import Interrupt
 from .journal import Journal
 from .options import Options
-from .parallel import World, clip_gradients, give_back, spread
+from .parallel import Scaler, World, clip_gradients, give_back, spread
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LOSSES_UNREAD = 10  # on a GPU, where reading one waits for the device
@@ -60,9 +60,11 @@ class Trainer:
             model.set_grad_checkpointing(True)
         if teacher is not None and hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)
+        if o.compile:  # what DDP does around it stays as it is
+            if world.size > 1 and o.parallel == "tp":
+                raise UsageError("--compile: not with --parallel tp: use ddp or fsdp")
+            self.model.compile()
         self.runner = spread(self.model, o.parallel, world, device)
-        if o.compile:
-            self.runner = torch.compile(self.runner)
         self.layout = state.Layout(self.model, o.parallel, world)
 
         rank, size = world.data(o.parallel)
@@ -81,7 +83,9 @@ class Trainer:
         sharded = world.size > 1 and o.parallel != "ddp"
         self.optimizer = recipe.make_optimizer(self.model, o, sharded)
         self.schedule = recipe.make_schedule(self.optimizer, o, self.steps)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=o.amp == "fp16")
+        split = world.size > 1 and o.parallel == "tp"
+        make_scaler = Scaler if split else torch.amp.GradScaler
+        self.scaler = make_scaler(device.type, enabled=o.amp == "fp16")
         self.average = None if o.ema is None else recipe.Average(self.model, o.ema)
         mean, std = self.model.patch_embed.mean, self.model.patch_embed.std
         self.mixing = recipe.Mixing(o, len(data.classes), mean, std)
@@ -93,7 +97,8 @@ class Trainer:
 
     def fit(self) -> dict:
         """Trains to the end; the last row of the log, for the first process."""
-        with Interrupt() as self.interrupt:
+        closed = contextlib.closing(self.journal) if self.world.first else contextlib.nullcontext()
+        with Interrupt() as self.interrupt, closed:
             while self.at.epoch < self.o.epochs:
                 self._epoch()
                 self._end_epoch(self._row(*self._test()))
@@ -121,6 +126,7 @@ class Trainer:
     def _step(self, batches: list[Batch]) -> float | None:
         """One update from several batches; the loss where it has been read."""
         total = None
+        self.at.bad += sum(len(batch.bad) for batch in batches)
         batches = [batch for batch in batches if self._usable(batch)]
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
@@ -146,11 +152,11 @@ class Trainer:
         return None if self.unread else self.last_loss
 
     def _usable(self, batch: Batch) -> bool:
+        """Whether it holds images. Bad ones are counted, or stop the run."""
         if batch.bad and not self.o.skip_bad:
-            raise UsageError(f"{batch.bad[0]}; or leave such images out with --skip-bad")
-        self.at.bad += len(batch.bad)
-        if len(batch.targets) == 0 and self.world.size > 1:
-            raise UsageError(f"no image of a whole batch could be read: {batch.bad[0]}")
+            raise Unreadable(f"{batch.bad[0]}; or leave such images out with --skip-bad")
+        if len(batch.targets) == 0 and self.world.size > 1:  # the others would wait for it
+            raise Unreadable(f"no image of a whole batch could be read: {batch.bad[0]}")
         return len(batch.targets) > 0
 
     def _together(self, last: bool):
@@ -184,9 +190,10 @@ class Trainer:
         """Adds up what has been computed; stops at the first that is not a number."""
         for step, loss in self.unread:
             self.last_loss = loss.item()
-            if not math.isfinite(self.last_loss):
+            if self.world.any(not math.isfinite(self.last_loss), self.device):
+                loss_of_all = self.world.total(loss.double()).item()
                 raise Stopped(
-                    f"the loss is {self.last_loss} at step {step + 1} of epoch "
+                    f"the loss is {loss_of_all} at step {step + 1} of epoch "
                     f"{self.at.epoch + 1}: lower --lr or raise --warmup-epochs; "
                     f"{self.store.last_good()}"
                 )
@@ -204,10 +211,8 @@ class Trainer:
         averaged = contextlib.nullcontext() if self.average is None else self.average.applied()
         with averaged:
             for batch in self.test_feed:
-                if batch.bad and not self.o.skip_bad:
-                    raise UsageError(f"{batch.bad[0]}; or leave such images out with --skip-bad")
                 sums[3] += len(batch.bad)
-                if len(batch.targets) == 0:
+                if not self._usable(batch):
                     continue
                 with self._autocast():
                     logits = self.runner(batch.images.to(self.device)).float()
@@ -222,7 +227,7 @@ class Trainer:
             self.world.total(sums)
         loss, right, seen, bad = sums.tolist()
         if seen == 0:
-            raise UsageError("none of the held-out images could be read")
+            raise Unreadable("none of the held-out images could be read")
         return loss / seen, right / seen, int(bad)
 
     def _row(self, loss: float, accuracy: float, bad: int) -> dict:
@@ -304,10 +309,11 @@ class Trainer:
         self.scaler.load_state_dict(found["scaler"])
         self.at = Place(**found["place"])
         states = found["random"]
-        if self.world.rank < len(states):
-            set_random_state(states[self.world.rank])
+        rank = self.world.data(self.o.parallel)[0]  # split heads must draw the same DropPath
+        if rank < len(states):
+            set_random_state(states[rank])
         else:
-            seed_everything(self.o.seed + self.world.rank + 1000 * (self.at.epoch + 1))
+            seed_everything(self.o.seed + rank + 1000 * (self.at.epoch + 1))
         if self.world.first:
             self.journal.rows[:] = found["rows"]
             self.console.print(f"  going on after {last.name}")

@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from ..usage import installed, whole_file
+from ..usage import installed, one_line, whole_file
 
 COLUMNS = (
     "epoch", "steps", "train_loss", "val_loss", "val_accuracy", "lr", "images_per_second",
@@ -19,11 +19,8 @@ class Journal:
 
     def __init__(self, folder: Path, console, rows: list[dict]):
         self.folder, self.console, self.rows = folder, console, rows
+        self.make_board = _summary_writer(console)
         self.board = None
-        if installed("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=len(rows) + 1)
 
     def add(self, row: dict, epochs: int) -> None:
         self.rows.append(row)
@@ -33,10 +30,21 @@ class Journal:
             f"{row['val_loss']:.4f} and {row['val_accuracy']:.2%} right, "
             f"{row['images_per_second']:.0f} images/s{bad}"
         )
+        if self.make_board is not None:
+            self._show(row)
+
+    def _show(self, row: dict) -> None:
+        """To TensorBoard, which forgets what an earlier process wrote of this epoch and later."""
+        if self.board is None:
+            self.board = self.make_board(self.folder / "tensorboard", purge_step=row["epoch"])
+        for name in COLUMNS[2:7]:
+            self.board.add_scalar(name, row[name], row["epoch"])
+        self.board.flush()
+
+    def close(self) -> None:
         if self.board is not None:
-            for name in COLUMNS[2:7]:
-                self.board.add_scalar(name, row[name], row["epoch"])
-            self.board.flush()
+            self.board.close()
+            self.board = None
 
     def write(self) -> None:
         """All rows anew: after a resumed run no row of a lost epoch stays."""
@@ -51,6 +59,18 @@ class Journal:
         if self.rows:
             with whole_file(self.folder / "curves.png") as path:
                 draw_curves(path, self.rows)
+
+
+def _summary_writer(console):
+    """TensorBoard's, where it is installed."""
+    if not installed("tensorboard"):
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as error:  # of its own requirements
+        console.print(f"  no events for TensorBoard, which cannot be imported: {one_line(error)}")
+        return None
+    return SummaryWriter
 
 
 def draw_curves(path: Path, rows: list[dict]) -> None:
@@ -71,11 +91,13 @@ def draw_curves(path: Path, rows: list[dict]) -> None:
     left.legend(frameon=False)
     accuracies = [100 * row["val_accuracy"] for row in rows]
     right.plot(epochs, accuracies, color=orange, lw=1.8, marker=marker)
-    right.set(title="Held-out accuracy", xlabel="epoch", ylabel="%", ylim=(0, 102))
-    best = max(range(len(rows)), key=lambda i: accuracies[i])
+    right.set(title="Held-out accuracy", xlabel="epoch", ylabel="%", ylim=(0, 108))
+    best = max(range(len(rows)), key=lambda i: (accuracies[i], -rows[i]["val_loss"]))
+    right.plot(epochs[best], accuracies[best], "o", color=orange)
+    late = len(rows) > 1 and best > len(rows) // 2  # the words then end at the point
     right.annotate(
-        f"best {accuracies[best]:.2f}%", (epochs[best], accuracies[best]), (0, -14),
-        ha="right", textcoords="offset points", color=orange,
+        f"best {accuracies[best]:.2f}%", (epochs[best], accuracies[best]), (0, 7),
+        ha="right" if late else "left", textcoords="offset points", color=orange,
     )  # fmt: skip
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

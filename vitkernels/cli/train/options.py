@@ -9,10 +9,17 @@ import json
 import math
 from pathlib import Path
 
-from ..arguments import natural, positive
+from ..arguments import channels, fraction, natural, positive
 from ..usage import UsageError
 
 FILE = "options.json"  # in the folder of a run
+# Arguments of models that have options of their own.
+SAID_APART = {
+    "num_classes": "the class folders tell it",
+    "drop_path_rate": "use --drop-path",
+    "mean": "use --mean",
+    "std": "use --std",
+}
 # What may be said anew beside --resume: it changes no number on a CPU.
 OF_THE_MACHINE = ("workers", "threads", "device", "compile", "parallel")
 DIGITS_MODEL = "vit_tiny_patch2_8"
@@ -74,6 +81,8 @@ class Options:
     temperature: float = 1.0
     compare_seeds: int | None = None
 
+    processes: int = 1  # with which the run began, each with `batch` images: no argument
+
     def save(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
@@ -83,7 +92,7 @@ class Options:
         try:
             found = json.loads(path.read_text())
             options = Options(**found)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UsageError(f"--resume: {folder} holds no run: it has no {FILE}") from None
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"--resume: {path} cannot be understood: {error}") from error
@@ -101,6 +110,10 @@ def read(given: argparse.Namespace) -> Options:
     if getattr(given, "resume", None) is None:
         usual = DIGITS_RECIPE if told.get("data") == "digits" else {}
         options = Options(**{**usual, **told})
+        if "warmup_epochs" not in told:
+            options.warmup_epochs = min(options.warmup_epochs, options.epochs / 4)
+        if "min_lr" not in told:
+            options.min_lr = min(options.min_lr, options.lr / 100)
         _check(options)
         return options
     fixed = [name for name in told if name not in OF_THE_MACHINE]
@@ -128,8 +141,14 @@ def _check(o: Options) -> None:
         )
     if o.min_lr > o.lr:
         raise UsageError(f"--min-lr: must be at most --lr {o.lr:g}, got {o.min_lr:g}")
-    if o.ema is not None and o.ema >= 1:
-        raise UsageError(f"--ema: must be below 1, got {o.ema:g}")
+    for key in SAID_APART.keys() & o.model_kwargs.keys():
+        raise UsageError(f"--model-kwargs: {key} is not for it: {SAID_APART[key]}")
+    if "img_size" in o.model_kwargs and o.image_size is not None:
+        raise UsageError(
+            "--model-kwargs: img_size is what --image-size says: leave one of them out"
+        )
+    if o.val_data is not None and Path(o.val_data).resolve() == Path(o.data).resolve():
+        raise UsageError("--val-data: is the folder of --data, whose images are trained on")
 
 
 # --- the arguments --------------------------------------------------------------------------------
@@ -167,8 +186,8 @@ def _add_data(group) -> None:
     )  # fmt: skip
     group.add_argument("--weights", metavar="FILE", help="checkpoint to start from (fine-tuning)")
     group.add_argument("--image-size", type=positive, metavar="N")
-    group.add_argument("--mean", type=_channels, metavar="M[,M,M]", help="of pixels in [0, 1]")
-    group.add_argument("--std", type=_channels, metavar="S[,S,S]")
+    group.add_argument("--mean", type=channels, metavar="M[,M,M]", help="of pixels in [0, 1]")
+    group.add_argument("--std", type=channels, metavar="S[,S,S]")
     group.add_argument(
         "--workers", type=natural, metavar="N", help="processes that decode images (default: 2)"
     )
@@ -180,24 +199,29 @@ def _add_recipe(group) -> None:
     group.add_argument(
         "--accumulate", type=positive, metavar="N", help="batches of one step (default: 1)"
     )
+    group.add_argument(
+        "--lr", type=_above_zero, metavar="X", help="highest learning rate (default: 0.001)"
+    )
     for name, what, default in (
-        ("lr", "highest learning rate", 1e-3),
-        ("min-lr", "where the cosine ends", 1e-5),
+        ("min-lr", "where the cosine ends", "1e-05, at most a hundredth of --lr"),
         ("weight-decay", "of matrices; biases, norms and positions have none", 0.05),
-        ("warmup-epochs", "of linear warm-up", 3),
+        ("warmup-epochs", "of linear warm-up", "3, at most a quarter of --epochs"),
     ):
         group.add_argument(
             f"--{name}", type=_from_zero, metavar="X", help=f"{what} (default: {default})"
         )
     group.add_argument(
-        "--layer-decay", type=_between(0, 1), metavar="F",
+        "--layer-decay", type=fraction, metavar="F",
         help="of the learning rate, layer by layer from the head down (needs timm)",
     )  # fmt: skip
     group.add_argument(
         "--clip-grad", type=_from_zero, metavar="X", help="largest norm, 0: none (default: 1)"
     )
+    group.add_argument(
+        "--drop-path", type=_below_one, metavar="F",
+        help="stochastic depth of the last block (default: 0)",
+    )  # fmt: skip
     for name, what in (
-        ("drop-path", "stochastic depth of the last block"),
         ("label-smoothing", "of the targets"),
         ("mixup", "alpha of mixup (needs timm)"),
         ("cutmix", "alpha of cutmix (needs timm)"),
@@ -214,10 +238,10 @@ def _add_recipe(group) -> None:
         "--flip", type=_between(0, 1), metavar="P", help="of a left-right flip (default: 0.5)"
     )
     group.add_argument(
-        "--ema", type=_between(0, 1), metavar="D",
+        "--ema", type=_below_one, metavar="D",
         help="test and keep a moving average of the weights with this decay",
     )  # fmt: skip
-    group.add_argument("--seed", type=natural, metavar="N", help="default: 0")
+    group.add_argument("--seed", type=_seed, metavar="N", help="default: 0")
 
 
 def _add_machine(group) -> None:
@@ -279,6 +303,20 @@ def _between(low: float, high: float):
     return parse
 
 
+def _below_one(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to below 1, got {text!r}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = natural(text)
+    if value >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be below 2**32, got {text!r}")
+    return value
+
+
 def _from_zero(text: str) -> float:
     value = _number(text)
     if not value >= 0:
@@ -291,13 +329,6 @@ def _above_zero(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return value
-
-
-def _channels(text: str) -> tuple[float, ...]:
-    values = tuple(_number(part) for part in text.split(","))
-    if any(math.isnan(value) for value in values):
-        raise argparse.ArgumentTypeError(f"must be one number or one a channel, got {text!r}")
-    return values
 
 
 def _keyword(text: str) -> tuple[str, object]:

@@ -1,10 +1,5 @@
 """One run on several processes of torchrun: replicas (DDP), sharded parameters (FSDP2), or split
-heads and hidden units (tensor parallelism, DTensor).
-
-Under tensor parallelism a process computes heads / world heads. The packed rows of qkv are
-[all q | all k | all v]; sharding them in equal parts must give each process its heads of all three,
-so they are permuted to [q k v of process 0 | q k v of process 1 | ...] when the model is split, and
-permuted back in what is saved.
+heads and hidden units (tensor parallelism, see heads.py).
 """
 
 from __future__ import annotations
@@ -13,12 +8,13 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..usage import UsageError
+from ...nn.watched import own_part
 
 BLOCKS = ("Block", "ResPostBlock", "SwinBlock", "SwinV2Block", "EncoderBlock")
 
@@ -88,7 +84,9 @@ def spread(model: nn.Module, kind: str, world: World, device: torch.device) -> n
             if type(module).__name__ in BLOCKS:
                 fully_shard(module)
         return fully_shard(model)
-    return split_heads(model, world, device)
+    from .heads import split_heads
+
+    return split_heads(model, world.size, device)
 
 
 def give_back(model: nn.Module) -> None:
@@ -96,81 +94,6 @@ def give_back(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
-
-
-# --- tensor parallelism ---------------------------------------------------------------------------
-
-
-def split_heads(model: nn.Module, world: World, device: torch.device) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
-
-    plan = {}
-    for name, block in model.named_modules():
-        if type(block).__name__ not in BLOCKS:
-            continue
-        attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
-        if type(attn).__name__ != "Attention" or type(mlp).__name__ != "Mlp":
-            raise UsageError(
-                f"--parallel tp: {type(model).__name__} has a {type(block).__name__} that cannot "
-                "be split by heads: use ddp or fsdp"
-            )
-        _check_divides(name, attn, mlp, world.size)
-        with torch.no_grad():
-            order = packed_order(attn.num_heads, attn.head_dim, world.size)
-            for parameter in attn.qkv.parameters():
-                parameter.copy_(parameter[order.to(parameter.device)])
-        attn.num_heads //= world.size
-        plan |= {
-            f"{name}.attn.qkv": ColwiseParallel(),
-            f"{name}.attn.proj": RowwiseParallel(),
-            f"{name}.mlp.fc1": ColwiseParallel(),
-            f"{name}.mlp.fc2": RowwiseParallel(),
-        }
-    return parallelize_module(model, init_device_mesh(device.type, (world.size,)), plan)
-
-
-def _check_divides(name: str, attn: nn.Module, mlp: nn.Module, size: int) -> None:
-    if attn.num_heads % size:
-        raise UsageError(
-            f"--parallel tp: {name} has {attn.num_heads} heads, which {size} processes cannot "
-            "share evenly: use a number of processes that divides them"
-        )
-    if mlp.fc1.out_features % size:
-        raise UsageError(
-            f"--parallel tp: {name} has {mlp.fc1.out_features} hidden units, which {size} "
-            "processes cannot share evenly"
-        )
-    if not isinstance(attn.norm, nn.Identity) or not isinstance(mlp.norm, nn.Identity):
-        raise UsageError(
-            f"--parallel tp: {name} normalises across heads (scale_norm): use ddp or fsdp"
-        )
-
-
-def packed_order(heads: int, head_dim: int, size: int) -> Tensor:
-    """Rows of a packed qkv in the order of processes."""
-    rows = torch.arange(3 * heads * head_dim).view(3, size, heads // size * head_dim)
-    return rows.transpose(0, 1).reshape(-1)
-
-
-def unpacked(name: str, value: Tensor, heads: int, size: int) -> Tensor:
-    """A full parameter, or its moment, in the order of checkpoints."""
-    if ".attn.qkv." not in name or value.ndim == 0:
-        return value
-    order = packed_order(heads, len(value) // (3 * heads), size)
-    out = torch.empty_like(value)
-    out[order] = value
-    return out
-
-
-def packed(name: str, value: Tensor, heads: int, size: int) -> Tensor:
-    if ".attn.qkv." not in name or value.ndim == 0:
-        return value
-    return value[packed_order(heads, len(value) // (3 * heads), size)]
 
 
 # --- gradients ------------------------------------------------------------------------------------
@@ -186,7 +109,7 @@ def clip_gradients(parameters, most: float) -> Tensor:
         if p.grad is None:
             continue
         sharded = isinstance(p.grad, DTensor) and any(s.is_shard() for s in p.grad.placements)
-        local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+        local = own_part(p.grad)
         locals_.append(local)
         parts[sharded].append(local.detach().float().square().sum())
     if not locals_:
@@ -200,3 +123,23 @@ def clip_gradients(parameters, most: float) -> Tensor:
     for local in locals_:
         local.mul_(factor.to(local.dtype))
     return norm
+
+
+class Scaler(torch.amp.GradScaler):
+    """Also for gradients of which some are split over the processes and some are not: torch's takes
+    no mixture, and all processes must skip the same steps."""
+
+    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
+        grads = (p.grad for group in optimizer.param_groups for p in group["params"])
+        mine = (own_part(grad) for grad in grads if grad is not None)
+        parts = SimpleNamespace(param_groups=[{"params": [_with_grad(g) for g in mine]}])
+        found = super()._unscale_grads_(parts, inv_scale, found_inf, allow_fp16)
+        for value in found.values():
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return found
+
+
+def _with_grad(grad: Tensor) -> Tensor:
+    holder = grad.detach()
+    holder.grad = grad
+    return holder

@@ -137,7 +137,8 @@ class Mixing:
         """uint8 images to fp32 ones; class numbers to probabilities where images are mixed."""
         x = (images.float() / 255 - self.mean[:, None, None]) / self.std[:, None, None]
         if self.mixup is not None:
-            if len(x) % 2:  # timm mixes pairs
-                x, targets = x[:-1], targets[:-1]
+            if len(x) % 2:  # timm mixes pairs, from both ends
+                middle = slice(len(x) // 2, len(x) // 2 + 1)
+                x, targets = (torch.cat((t, t[middle])) for t in (x, targets))
             x, targets = self.mixup(x, targets)
         return (x if self.erase is None else self.erase(x)), targets

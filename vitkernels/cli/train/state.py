@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .parallel import World, packed, unpacked
+from .heads import packed, unpacked
+from .parallel import World
 
 
 class Layout:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import time
 from pathlib import Path
 
 from ..output import table
 from ..usage import whole_file
 from . import prepare, train
 from .distill import accuracy, make_teacher
-from .options import Options
+from .engine import Stopped
+from .options import FILE, Options
 from .parallel import World
 
 
 def compare(o: Options, device, console) -> None:
-    start = time.perf_counter()
+    seconds = 0.0
     folder = Path(o.out)
     data, _, config = prepare(o)
     teacher = make_teacher(o, data, device, console, folder)
@@ -27,22 +27,29 @@ def compare(o: Options, device, console) -> None:
         found = {}
         for way in ("alone", "taught"):
             out = folder / f"seed-{seed}-{way}"
-            out.mkdir()
+            going_on = (out / FILE).exists()
+            out.mkdir(exist_ok=True)
             mine = dataclasses.replace(
                 o, out=str(out), seed=seed, compare_seeds=None,
                 teacher=o.teacher if way == "taught" else None,
             )  # fmt: skip
             mine.save(out)
             console.print(f"seed {seed}, {way}")
-            last = train(mine, World(), device, console, False, teacher if mine.teacher else None)
+            teaching = teacher if mine.teacher else None
+            try:
+                last = train(mine, World(), device, console, going_on, teaching)
+            except Stopped as error:  # goes on with the whole study
+                raise Stopped(str(error).replace(str(out), str(folder))) from error
             found[way] = last["val_accuracy"]
+            rows = json.loads((out / "log.json").read_text())
+            seconds += sum(row["seconds"] for row in rows)
         runs.append({"seed": seed, **found, "difference": found["taught"] - found["alone"]})
     report = summary(runs) | {
         "teacher": {"what": o.teacher, "accuracy": right / seen},
         "student": config["architecture"],
         "held_out": seen,
         "epochs": o.epochs,
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
     }
     with whole_file(folder / "report.json") as path:
         path.write_text(json.dumps(report, indent=2) + "\n")
@@ -93,7 +100,7 @@ def markdown(report: dict) -> str:
             f"Teacher: {report['teacher']['what']}, {_percent(report['teacher']['accuracy'])} of "
             f"{report['held_out']} held-out images. Student: {report['student']}, "
             f"{report['epochs']} epochs, the last weights tested; "
-            f"{report['seconds']:.0f} s in all.", "",
+            f"{report['seconds']:.0f} s of training in all.", "",
             "| seed | alone | taught | difference (points) |", "|---|---|---|---|", *rows, "",
             sentence(report), "",
         ]

@@ -25,14 +25,10 @@ Tensor = torch.Tensor
 EVERY_FLOAT = _checks.FLOAT_DTYPES
 
 
-def _not_written_yet() -> str | None:
-    return "linear_gelu in CUDA C++ is not part of this version; triton is"
-
-
 # Order of preference. x, weight and bias each have their own dtype; products are in y's.
 BACKENDS = (
     Backend("cpu", auto=without_matrix_unit),
-    Backend("cuda", limit=_not_written_yet),
+    Backend("cuda"),
     Backend("triton"),
     Backend("torch", EVERY_FLOAT),
     Backend("reference", EVERY_FLOAT),

@@ -1,0 +1,285 @@
+// The backward kernel of add_layer_norm and layer_norm_add, and the kernel that adds up its blocks'
+// sums. add_layer_norm_cuda.cu has the map.
+#pragma once
+
+#include "add_layer_norm/add_layer_norm_rows.cuh"
+#include "common/dependent_launch.cuh"
+
+namespace vitkernels {
+namespace {
+
+// xhat = (z - mean) * rstd, and dy with its row scale, of N chunks.
+template <bool VEC, class Rows, int N>
+VK_DEVICE void load_xhat_dy(const BackwardArgs& a, const Rows& rows, int rank, int size, int first,
+                            float (&xhat)[N][8], float (&dy)[N][8]) {
+  const Row& row = rows.row;
+  Raw8 raw_z[N], raw_dy[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const Columns<VEC> columns(first + i, rank, size, row.length);
+    raw_z[i] = rows.template load<0>(i, columns);
+    raw_dy[i] = rows.template load<2>(i, columns);
+  }
+  const float mean = rows.mean(), rstd = rows.rstd();
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    to_floats(raw_z[i], a.z.dtype, xhat[i]);
+    to_floats(raw_dy[i], a.dy.dtype, dy[i]);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      xhat[i][j] = (xhat[i][j] - mean) * rstd;
+      if (a.scale_dy) dy[i][j] = row.scale == 0.0f ? 0.0f : dy[i][j] * row.scale;
+    }
+  }
+}
+
+// The block's sums over its rows. In registers where a thread has all its columns there, else in
+// its part of `partial`.
+template <int CHUNKS, bool VEC>
+struct ColumnSums {
+  static constexpr int HELD = CHUNKS == 0 ? 1 : CHUNKS;
+  float held[HELD][8] = {};
+
+  VK_DEVICE void add(int i, const Columns<VEC>& columns, const float (&v)[8], float* partial,
+                     bool first_row) {
+    if constexpr (CHUNKS > 0) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) held[i][j] += v[j];
+    } else if (partial != nullptr) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (columns.holds(j)) partial[columns[j]] = first_row ? v[j] : partial[columns[j]] + v[j];
+    }
+  }
+};
+
+constexpr Pass backward_pass(bool dgamma) {
+  return dgamma ? Pass::kBackwardGamma : Pass::kBackward;
+}
+
+template <bool VEC, bool BLOCK, int CHUNKS, bool DGAMMA>
+constexpr add_layer_norm::Residency kResidency =
+    add_layer_norm::residency(VEC, BLOCK, CHUNKS, backward_pass(DGAMMA));
+
+template <Types TYPES, bool VEC, bool BLOCK, int CHUNKS, bool DGAMMA>
+__global__ void __launch_bounds__(kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.threads,
+                                  kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.blocks)
+    backward_kernel(const __grid_constant__ BackwardArgs arguments) {
+  check_launch_bounds<kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.threads>();
+  constexpr bool RING = TYPES != Types::kAny;
+  BackwardArgs a = arguments;
+  if constexpr (RING) {
+    set_types(a, branch_type(TYPES), stream_type(TYPES));
+    a.dropout.seed = nullptr;
+  }
+  constexpr int HELD = CHUNKS == 0 ? 1 : CHUNKS;
+  VK_SHARED(float, partial, [2 * 2 * kWarp]);
+  VK_DYNAMIC_SHARED(float, dynamic);
+  Team<BLOCK, kLanes<TYPES, BLOCK, CHUNKS>> team(a.lanes, partial);
+  const int chunks = CHUNKS == 0 ? (a.C + 8 * team.size - 1) / (8 * team.size) : CHUNKS;
+  const float C = static_cast<float>(a.C);
+  const int64_t blocks = gridDim.x;
+  // This block's row of each of the three partial sums.
+  const auto sums_of = [&](int which) {
+    return a.partial == nullptr ? nullptr : a.partial + (which * blocks + blockIdx.x) * a.C;
+  };
+  ColumnSums<CHUNKS, VEC> dweight, dbias;
+  ColumnSums<DGAMMA ? CHUNKS : 0, VEC> dgamma;
+
+  const SharedParameters shared(dynamic, team.size * chunks * 8);
+  float* after_parameters = dynamic + (RING ? kBackwardParameters * shared.padded() : 0);
+  if constexpr (RING) {
+    shared.fill(0, a.weight, a.C, 1.0f);
+    shared.fill(1, a.gamma, a.C, 1.0f);
+    __syncthreads();
+  }
+  const auto parameter = [&](int which, const Columns<VEC>& columns, float (&v)[8]) {
+    if constexpr (RING)
+      shared.load(which, columns, v);
+    else
+      load_parameter(which == 0 ? a.weight : a.gamma, columns, 1.0f, v);
+  };
+
+  auto rows = [&] {
+    using Reads = BackwardReads<DGAMMA>;
+    if constexpr (RING)
+      return RingRows<Reads, TYPES, decltype(team), CHUNKS>(
+          a, team, reinterpret_cast<char*>(after_parameters));
+    else
+      return DirectRows<Reads, decltype(team), VEC>(a, team, chunks);
+  }();
+  const Row& row = rows.row;
+  for (int64_t first = team.first; first < a.rows; first += team.step) {
+    rows.open(first);
+    const bool first_row = first == team.first;
+    const bool skip = !a.scale_dy && row.scale == 0.0f;
+    const float rstd = rows.rstd();
+    float xhat[HELD][8], dy[HELD][8];
+    const auto pass = [&](auto use) {
+      if constexpr (CHUNKS > 0) {
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i)
+          use(i, team.template columns<VEC, RING ? CHUNKS : 0>(i, row.length));
+      } else {
+        for (int i = 0; i < chunks; ++i) {
+          if (a.dy.data != nullptr) load_xhat_dy<VEC>(a, rows, team.rank, team.size, i, xhat, dy);
+          use(0, Columns<VEC>(i, team.rank, team.size, row.length));
+        }
+      }
+    };
+
+    float sums[2] = {0.0f, 0.0f};  // of weight * dy and weight * dy * xhat
+    if (a.dy.data != nullptr) {
+      if constexpr (CHUNKS > 0) load_xhat_dy<VEC>(a, rows, team.rank, team.size, 0, xhat, dy);
+      pass([&](int i, const Columns<VEC>& columns) {
+        float weight[8], products[8];
+        parameter(0, columns, weight);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) products[j] = dy[i][j] * xhat[i][j];
+        dweight.add(i, columns, products, sums_of(0), first_row);
+        dbias.add(i, columns, dy[i], sums_of(1), first_row);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          sums[0] += weight[j] * dy[i][j];
+          sums[1] += weight[j] * products[j];
+          if constexpr (CHUNKS > 0) dy[i][j] *= weight[j];
+        }
+      });
+      team.sum(sums);
+    }
+    const float mean_wdy = sums[0] / C, mean_wdy_xhat = sums[1] / C;
+
+    pass([&](int i, const Columns<VEC>& columns) {
+      float g[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) g[j] = 0.0f;
+      if (a.dz.data != nullptr) to_floats(rows.template load<1>(i, columns), a.dz.dtype, g);
+      if (a.dy.data != nullptr) {
+        float weight[8];
+        if constexpr (CHUNKS == 0) parameter(0, columns, weight);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float wdy = CHUNKS == 0 ? weight[j] * dy[i][j] : dy[i][j];
+          g[j] += rstd * (wdy - mean_wdy - xhat[i][j] * mean_wdy_xhat);
+        }
+      }
+      if (a.dresidual.data != nullptr)
+        store(element(a.dresidual.data, row.index * a.C, a.dresidual.dtype), a.dresidual.dtype,
+              columns, g);
+      if (a.dx.data == nullptr && !DGAMMA) return;
+      float factor[8];
+      branch_factors(a.dropout, row, a.C, columns, factor);
+      if constexpr (DGAMMA) {
+        float x[8];
+        to_floats(rows.template load<3>(i, columns), a.x.dtype, x);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) x[j] *= g[j] * factor[j];
+        dgamma.add(i, columns, x, sums_of(2), first_row);
+      }
+      if (a.dx.data != nullptr) {
+        float gamma[8];
+        parameter(1, columns, gamma);
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+          g[j] = skip ? 0.0f : a.scale_dy ? g[j] : g[j] * factor[j] * gamma[j];
+        store(element(a.dx.data, row.index * a.C, a.dx.dtype), a.dx.dtype, columns, g);
+      }
+    });
+    rows.close();
+  }
+  rows.end();
+  let_next_grid_begin();
+
+  if (a.partial == nullptr || CHUNKS == 0) return;
+  constexpr int SUMS = DGAMMA ? 3 : 2;
+  if constexpr (BLOCK) {
+    const auto write = [&](int which, const auto& sums) {
+#pragma unroll
+      for (int i = 0; i < HELD; ++i) {
+        const Columns<VEC> columns(i, team.rank, team.size, a.C);
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+          if (columns.holds(j)) sums_of(which)[columns[j]] = sums.held[i][j];
+      }
+    };
+    write(0, dweight);
+    write(1, dbias);
+    if constexpr (DGAMMA) write(2, dgamma);
+  } else {
+    // Teams of a warp first, by shuffles; then warp after warp adds its sums to those in shared
+    // memory.
+    float* block_sums = after_parameters;
+    if constexpr (RING) __syncthreads();  // where rows were, which other warps may still read
+    const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
+    [[maybe_unused]] const auto over_teams = [&](auto& sums) {
+      for (int distance = team.size; distance < kWarp; distance *= 2) {
+#pragma unroll
+        for (int i = 0; i < HELD; ++i)
+#pragma unroll
+          for (int j = 0; j < 8; ++j)
+            sums.held[i][j] += __shfl_xor_sync(kAllLanes, sums.held[i][j], distance);
+      }
+    };
+    if constexpr (kLanes<TYPES, BLOCK, CHUNKS> == 0) {
+      over_teams(dweight);
+      over_teams(dbias);
+      if constexpr (DGAMMA) over_teams(dgamma);
+    }
+    for (int warp = 0; warp < warps; ++warp) {
+      if (thread / kWarp == warp && team.offset == 0) {
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) {
+          const Columns<VEC> columns(i, team.rank, team.size, a.C);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            if (!columns.holds(j)) continue;
+            float* sums = block_sums + columns[j];
+            sums[0] = (warp == 0 ? 0.0f : sums[0]) + dweight.held[i][j];
+            sums[a.C] = (warp == 0 ? 0.0f : sums[a.C]) + dbias.held[i][j];
+            if constexpr (DGAMMA)
+              sums[2 * a.C] = (warp == 0 ? 0.0f : sums[2 * a.C]) + dgamma.held[i][j];
+          }
+        }
+      }
+      __syncthreads();
+    }
+    for (int which = 0; which < SUMS; ++which)
+      for (int c = thread; c < a.C; c += static_cast<int>(blockDim.x))
+        sums_of(which)[c] = block_sums[which * a.C + c];
+  }
+}
+
+// ---- The sums over blocks: 32 columns a block, 16 threads a column, each every 16th partial sum,
+// then a fixed order.
+
+constexpr int kFinishRows = 16;
+
+struct FinishArgs {
+  const float* partial;
+  Parameter out[3];  // dweight, dbias, dgamma
+  int64_t blocks[3];
+  int64_t stride;  // partial sums of one kind: blocks x C
+  int C;
+};
+
+__global__ void __launch_bounds__(kWarp* kFinishRows)
+    finish_kernel(const __grid_constant__ FinishArgs a) {
+  check_launch_bounds<kWarp * kFinishRows>();
+  VK_SHARED(float, sums, [kFinishRows][kWarp]);
+  const int which = static_cast<int>(blockIdx.y), x = static_cast<int>(threadIdx.x),
+            y = static_cast<int>(threadIdx.y);
+  const int c = static_cast<int>(blockIdx.x) * kWarp + x;
+  wait_for_grid_before();
+  float sum = 0.0f;
+  if (a.out[which].data != nullptr && c < a.C)
+    for (int64_t block = y; block < a.blocks[which]; block += kFinishRows)
+      sum += a.partial[which * a.stride + block * a.C + c];
+  sums[y][x] = sum;
+  __syncthreads();
+  if (y != 0 || c >= a.C || a.out[which].data == nullptr) return;
+  for (int i = 1; i < kFinishRows; ++i) sum += sums[i][x];
+  store_scalar(const_cast<void*>(a.out[which].data), a.out[which].dtype, c, sum);
+}
+
+}  // namespace
+}  // namespace vitkernels

@@ -1,0 +1,442 @@
+// What the kernels of add_layer_norm share: arguments, dtypes, the threads of a row, and where rows
+// and parameters come from. add_layer_norm_cuda.cu has the map.
+#pragma once
+
+#include <utility>
+
+#include "add_layer_norm/add_layer_norm_plan.h"
+#include "common/device.cuh"
+#include "common/row_ring.cuh"
+
+namespace vitkernels {
+namespace {
+
+using add_layer_norm::kBackwardParameters;
+using add_layer_norm::kForwardParameters;
+using add_layer_norm::kThreads;
+using add_layer_norm::Pass;
+using add_layer_norm::Plan;
+
+enum class Form { kAddNorm, kNormAdd };
+
+struct RowsView {  // (rows, C) with unit column stride; null data: absent
+  const void* data;
+  int64_t stride;
+  DType dtype;
+};
+
+struct Parameter {  // (C,); null data: absent
+  const void* data;
+  DType dtype;
+};
+
+struct Output {  // (rows, C) contiguous; null data: not wanted
+  void* data;
+  DType dtype;
+};
+
+struct ForwardArgs {
+  RowsView x, residual;
+  Parameter weight, bias, gamma;
+  const float* row_scale;
+  Dropout dropout;
+  Output y, z;
+  float *mean, *rstd;
+  int64_t rows, rows_per_sample;
+  int64_t step_samples, step_rest;  // from a team's row to its next: whole samples, rows more
+  int C, lanes, slots;
+  float eps;
+};
+
+struct BackwardArgs {
+  RowsView dy, dz, z, x;
+  const float *mean, *rstd;
+  Parameter weight, gamma;
+  const float* row_scale;
+  bool scale_dy;  // row_scale belongs to dy (layer_norm_add), not to the branch
+  Dropout dropout;
+  Output dx, dresidual;
+  float* partial;  // (dweight, dbias, dgamma) x blocks x C; null: none wanted
+  int64_t rows, rows_per_sample;
+  int64_t step_samples, step_rest;  // from a team's row to its next: whole samples, rows more
+  int C, lanes, slots;
+};
+
+// ---- Dtypes fixed at compile time
+
+// The combinations that models use, without dropout: all operands alike, or a 16-bit branch on an
+// fp32 residual stream (autocast); fp16 where it is usual, in add_layer_norm's forward; bf16 with
+// gradients in fp32, in layer_norm_add's backward on such a stream. kAny reads dtypes from the
+// arguments, at three times the instructions.
+enum class Types { kAny, kF32, kBF16, kBF16Stream32, kF16, kF16Stream32, kBF16Gradient32 };
+
+constexpr DType branch_type(Types t) {
+  return t == Types::kF32 || t == Types::kBF16Gradient32  ? DType::kF32
+         : t == Types::kBF16 || t == Types::kBF16Stream32 ? DType::kBF16
+                                                          : DType::kF16;
+}
+constexpr DType stream_type(Types t) {
+  return t == Types::kBF16Gradient32             ? DType::kBF16
+         : t == Types::kBF16 || t == Types::kF16 ? branch_type(t)
+                                                 : DType::kF32;
+}
+
+// 16-byte pieces of eight elements.
+constexpr int pieces_of(DType t) { return t == DType::kF32 ? 2 : 1; }
+
+// Which operands belong to the branch and which to the stream.
+template <Form FORM>
+__host__ __device__ __forceinline__ void set_types(ForwardArgs& a, DType branch, DType stream) {
+  a.x.dtype = branch;
+  a.residual.dtype = a.z.dtype = stream;
+  a.y.dtype = FORM == Form::kAddNorm ? branch : stream;
+}
+__host__ __device__ __forceinline__ void set_types(BackwardArgs& a, DType branch, DType stream) {
+  a.dy.dtype = a.x.dtype = branch;
+  a.z.dtype = a.dz.dtype = a.dresidual.dtype = stream;
+  a.dx.dtype = pieces_of(branch) > pieces_of(stream) ? stream : branch;  // kBF16Gradient32
+}
+
+// ---- What both directions share
+
+// The threads that have a row: some lanes of a warp (LANES, or the argument where that is 0), or
+// the block.
+template <bool BLOCK, int LANES>
+struct Team {
+  int rank, size;
+  int64_t first, step;  // row of the warp's (block's) first team, and from there to its next one
+  int offset;           // of this team from the first
+  float* partial;       // shared: two buffers of 2 x 32 floats, used in turn
+  int turn = 0;
+
+  VK_DEVICE Team(int lanes_argument, float* partial) : partial(partial) {
+    const int lanes = LANES == 0 ? lanes_argument : LANES;
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    if constexpr (BLOCK) {
+      rank = thread, size = threads, first = blockIdx.x, step = gridDim.x, offset = 0;
+    } else {
+      const int teams = threads / lanes;
+      rank = thread % lanes, size = lanes, offset = thread % kWarp / lanes;
+      first = static_cast<int64_t>(blockIdx.x) * teams + thread / kWarp * (kWarp / lanes);
+      step = static_cast<int64_t>(gridDim.x) * teams;
+    }
+  }
+
+  // Chunk `chunk` of a row of `length` columns. Of CHUNKS chunks that a row needs, all but the last
+  // are whole wherever a row belongs to whole warps.
+  template <bool VEC, int CHUNKS>
+  VK_DEVICE Columns<VEC> columns(int chunk, int length) const {
+    Columns<VEC> c(chunk, rank, size, length);
+    c.whole = (BLOCK || LANES > 0) && chunk + 1 < CHUNKS;
+    return c;
+  }
+
+  template <int N>
+  VK_DEVICE void sum(float (&v)[N]) {
+    if constexpr (BLOCK) {
+      sum_over_block(v, partial + turn * 2 * kWarp);
+      turn ^= 1;
+    } else {
+      sum_over_lanes(v, LANES == 0 ? size : LANES);
+    }
+  }
+};
+
+// row_scale of a row's sample; 0 past the last row.
+template <class Args>
+VK_DEVICE float scale_of(const Args& a, int64_t row) {
+  return row >= a.rows            ? 0.0f
+         : a.row_scale == nullptr ? 1.0f
+                                  : a.row_scale[divide(row, a.rows_per_sample)];
+}
+
+// One row of the team. A team past the last row goes on with a row of length 0, so that its warp
+// stays together.
+struct Row {
+  int64_t index;
+  int length;
+  float scale;  // row_scale of its sample
+
+  template <class Args>
+  VK_DEVICE Row(const Args& a, int64_t row, float scale)
+      : index(row < a.rows ? row : 0), length(row < a.rows ? a.C : 0), scale(scale) {}
+};
+
+template <bool VEC>
+VK_DEVICE Raw8 load_row(const RowsView& rows, const Row& row, const Columns<VEC>& columns) {
+  return load_raw(element(rows.data, row.index * rows.stride, rows.dtype), rows.dtype, columns);
+}
+
+template <bool VEC>
+VK_DEVICE void load_parameter(const Parameter& p, const Columns<VEC>& columns, float absent,
+                              float (&v)[8]) {
+  if (p.data != nullptr) {
+    to_floats(load_raw<VEC, true>(p.data, p.dtype, columns), p.dtype, v);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = absent;
+  }
+}
+
+// In the warp's instances of several chunks a row has the whole warp.
+template <Types TYPES, bool BLOCK, int CHUNKS>
+constexpr int kLanes = TYPES != Types::kAny && !BLOCK && CHUNKS > 1 ? kWarp : 0;
+
+template <Types TYPES, bool BLOCK, int CHUNKS>
+constexpr int kForwardBlocks =
+    TYPES == Types::kAny ? 1
+                         : add_layer_norm::residency(true, BLOCK, CHUNKS, Pass::kForward,
+                                                     pieces_of(stream_type(TYPES)))
+                               .blocks;
+
+// What the branch is multiplied with, gamma apart: row_scale[b] * keep / (1 - p).
+template <bool VEC>
+VK_DEVICE void branch_factors(const Dropout& dropout, const Row& row, int64_t C,
+                              const Columns<VEC>& columns, float (&f)[8]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) f[j] = row.scale;
+  if (dropout.seed == nullptr) return;
+  unsigned keep = 0;
+  const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
+  const uint64_t index = static_cast<uint64_t>(row.index * C);
+#pragma unroll 2
+  for (int j = 0; j < 8; ++j)  // not unrolled in full: ten rounds are a hundred instructions
+    keep |= static_cast<unsigned>(keeps(dropout, seed, index + static_cast<uint64_t>(columns[j])))
+            << j;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) f[j] = keep >> j & 1 ? f[j] * dropout.scale : 0.0f;
+}
+
+// ---- What a direction reads of a row, in the order of its places in the ring
+
+template <Form FORM>
+struct ForwardReads {  // x, residual
+  using Args = ForwardArgs;
+  static constexpr int kCount = 2;
+  static constexpr bool kStatistics = false;
+
+  template <int S>
+  static VK_DEVICE const RowsView& view(const Args& a) {
+    if constexpr (S == 0) return a.x;
+    return a.residual;
+  }
+  // Whether a row of this scale needs it: add_layer_norm does not read a dropped branch.
+  template <int S>
+  static VK_DEVICE bool wanted(const Args&, float scale) {
+    return S != 0 || FORM == Form::kNormAdd || scale != 0.0f;
+  }
+  static constexpr bool of_branch(int s) { return s == 0; }
+};
+
+template <bool DGAMMA>
+struct BackwardReads {  // z, dz, dy and x
+  using Args = BackwardArgs;
+  static constexpr int kCount = DGAMMA ? 4 : 3;
+  static constexpr bool kStatistics = true;
+
+  template <int S>
+  static VK_DEVICE const RowsView& view(const Args& a) {
+    if constexpr (S == 0) return a.z;
+    if constexpr (S == 1) return a.dz;
+    if constexpr (S == 2) return a.dy;
+    return a.x;
+  }
+  // A dropped row has no dy in layer_norm_add, and no x in add_layer_norm.
+  template <int S>
+  static VK_DEVICE bool wanted(const Args& a, float scale) {
+    return scale != 0.0f || (S == 2 ? !a.scale_dy : S == 3 ? a.scale_dy : true);
+  }
+  static constexpr bool of_branch(int s) { return s >= 2; }
+};
+
+// ---- Where rows and parameters come from
+
+// Memory, when they are asked for: any type, any alignment.
+template <class Reads, class Team, bool VEC>
+class DirectRows {
+ public:
+  using Args = typename Reads::Args;
+  static constexpr bool kAtHand = false;
+
+  VK_DEVICE DirectRows(const Args& a, const Team& team, int chunks)
+      : row(at(a, team.first + team.offset)), next_(row), a_(a), team_(team), chunks_(chunks) {}
+
+  Row row;
+
+  VK_DEVICE void open(int64_t first) {
+    row = next_;
+    next_ = at(a_, first + team_.step + team_.offset);
+    if constexpr (VEC && Reads::kStatistics)
+      prefetch_next(std::make_integer_sequence<int, Reads::kCount>());
+  }
+  VK_DEVICE void close() {}
+  VK_DEVICE void end() {}
+
+  template <int S>
+  VK_DEVICE Raw8 load(int, Columns<VEC> columns) const {
+    if (!Reads::template wanted<S>(a_, row.scale)) columns.end = 0;
+    return load_row(Reads::template view<S>(a_), row, columns);
+  }
+  VK_DEVICE float mean() const { return row.length > 0 ? a_.mean[row.index] : 0.0f; }
+  VK_DEVICE float rstd() const { return row.length > 0 ? a_.rstd[row.index] : 0.0f; }
+
+ private:
+  static VK_DEVICE Row at(const Args& a, int64_t row) { return Row(a, row, scale_of(a, row)); }
+
+  // The few warps whose sums fit in registers cannot have enough loads under way to hide memory: L2
+  // fetches the next row.
+  template <int... S>
+  VK_DEVICE void prefetch_next(std::integer_sequence<int, S...>) {
+#pragma unroll 1
+    for (int i = 0; i < chunks_; ++i) {
+      const Columns<true> columns(i, team_.rank, team_.size, next_.length);
+      const auto from = [&](const RowsView& rows, bool wanted) {
+        if (rows.data != nullptr && wanted)
+          prefetch(element(rows.data, next_.index * rows.stride, rows.dtype), rows.dtype, columns);
+      };
+      (from(Reads::template view<S>(a_), Reads::template wanted<S>(a_, next_.scale)), ...);
+    }
+  }
+
+  Row next_;
+  const Args& a_;
+  const Team& team_;
+  int chunks_;
+};
+
+// The ring of common/row_ring.cuh: rows of CHUNKS chunks, types known, 16-byte accesses.
+template <class Reads, Types TYPES, class Team, int CHUNKS>
+class RingRows {
+  // Pieces of eight elements of operand s, and the first piece of its first chunk.
+  static constexpr int width(int s) {
+    return pieces_of(Reads::of_branch(s) ? branch_type(TYPES) : stream_type(TYPES));
+  }
+  static constexpr int place(int s) { return s == 0 ? 0 : place(s - 1) + CHUNKS * width(s - 1); }
+
+ public:
+  using Args = typename Reads::Args;
+  static constexpr bool kAtHand = true;
+
+  VK_DEVICE RingRows(const Args& a, const Team& team, char* shared)
+      : row(a, a.rows, 0.0f),
+        a_(a),
+        team_(team),
+        ring_(shared, a.slots),
+        ahead_(team.first + team.offset) {
+    if (a.row_scale != nullptr) {
+      sample_ = divide(ahead_, a.rows_per_sample);
+      rest_ = ahead_ - sample_ * a.rows_per_sample;
+    }
+    ahead_scale_ = scale_ahead();
+#pragma unroll 1
+    for (int i = 1; i < a.slots; ++i) begin();
+  }
+
+  Row row;
+
+  VK_DEVICE void open(int64_t first) {
+    begin();
+    ring_.wait();
+    row = Row(a_, first + team_.offset, ring_.word(0));
+  }
+  VK_DEVICE void close() { ring_.ended(); }
+  VK_DEVICE void end() { wait_copies<0>(); }
+
+  template <int S>
+  VK_DEVICE Raw8 load(int chunk, const Columns<true>&) const {
+    Raw8 raw = {};
+    const uint4 low = ring_.piece(place(S) + chunk * width(S));
+    raw.w[0] = low.x, raw.w[1] = low.y, raw.w[2] = low.z, raw.w[3] = low.w;
+    if constexpr (width(S) == 2) {
+      const uint4 high = ring_.piece(place(S) + chunk * width(S) + 1);
+      raw.w[4] = high.x, raw.w[5] = high.y, raw.w[6] = high.z, raw.w[7] = high.w;
+    }
+    return raw;
+  }
+  VK_DEVICE float mean() const { return ring_.word(1); }
+  VK_DEVICE float rstd() const { return ring_.word(2); }
+
+ private:
+  template <int S>
+  VK_DEVICE void begin_operand(const Row& next) {
+    const RowsView& rows = Reads::template view<S>(a_);
+    if (rows.data == nullptr) return;
+    const char* from = element(rows.data, next.index * rows.stride, rows.dtype);
+    const int length = Reads::template wanted<S>(a_, next.scale) ? next.length : 0;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+      const Columns<true> columns = team_.template columns<true, CHUNKS>(i, length);
+#pragma unroll
+      for (int half = 0; half < width(S); ++half)
+        ring_.begin_piece(place(S) + i * width(S) + half, columns.in(from, rows.dtype) + 16 * half,
+                          columns.whole ? length > 0 : columns.holds(0));
+    }
+  }
+  template <int... S>
+  VK_DEVICE void begin_operands(const Row& next, std::integer_sequence<int, S...>) {
+    (begin_operand<S>(next), ...);
+  }
+  VK_DEVICE void begin() {
+    const Row next(a_, ahead_, ahead_scale_);
+    begin_operands(next, std::make_integer_sequence<int, Reads::kCount>());
+    ring_.set_word(0, next.scale);
+    if constexpr (Reads::kStatistics) {
+      ring_.begin_word(1, a_.mean + next.index, next.length > 0);
+      ring_.begin_word(2, a_.rstd + next.index, next.length > 0);
+    }
+    ring_.begun();
+    ahead_ += team_.step;
+    if (a_.row_scale != nullptr) {  // a sum is shorter than a division
+      sample_ += a_.step_samples;
+      rest_ += a_.step_rest;
+      if (rest_ >= a_.rows_per_sample) rest_ -= a_.rows_per_sample, ++sample_;
+    }
+    ahead_scale_ = scale_ahead();  // long before it says what is read of that row
+  }
+  VK_DEVICE float scale_ahead() const {
+    return ahead_ >= a_.rows ? 0.0f : a_.row_scale == nullptr ? 1.0f : a_.row_scale[sample_];
+  }
+
+  const Args& a_;
+  const Team& team_;
+  RowRing<place(Reads::kCount), Reads::kStatistics ? 3 : 1> ring_;
+  int64_t ahead_;  // the row that is begun next, its sample and its place there
+  int64_t sample_ = 0, rest_ = 0;
+  float ahead_scale_;
+};
+
+// Parameters of all rows as fp32 in shared memory, `padded` columns each: eight neighbours are two
+// pieces of four, the first ones before all second ones, so that lanes' 16-byte loads follow each
+// other. An absent parameter, and the columns past C, hold `absent`.
+class SharedParameters {
+ public:
+  VK_DEVICE SharedParameters(float* shared, int padded) : shared_(shared), padded_(padded) {}
+
+  VK_DEVICE int padded() const { return padded_; }
+  VK_DEVICE void fill(int which, const Parameter& p, int C, float absent) const {
+    for (int c = static_cast<int>(threadIdx.x); c < padded_; c += static_cast<int>(blockDim.x)) {
+      float v[8] = {absent};
+      if (p.data != nullptr && c < C) {
+        const Columns<false> one(0, c, padded_, c + 1);
+        to_floats(load_raw<false>(p.data, p.dtype, one), p.dtype, v);
+      }
+      shared_[which * padded_ + c % 8 / 4 * (padded_ / 2) + c / 8 * 4 + c % 4] = v[0];
+    }
+  }
+  VK_DEVICE void load(int which, const Columns<true>& columns, float (&v)[8]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 four = *reinterpret_cast<const uint4*>(shared_ + which * padded_ +
+                                                         half * (padded_ / 2) + columns.first / 2);
+      v[4 * half] = bits_to_float(four.x), v[4 * half + 1] = bits_to_float(four.y);
+      v[4 * half + 2] = bits_to_float(four.z), v[4 * half + 3] = bits_to_float(four.w);
+    }
+  }
+
+ private:
+  float* shared_;
+  int padded_;
+};
+
+}  // namespace
+}  // namespace vitkernels
