@@ -15,6 +15,7 @@
 #include "common/cpu_isa.h"
 #include "distillation_loss/distillation_loss_plan.h"
 #include "linear_gelu/linear_gelu_plan.h"
+#include "patch_merge/patch_merge_plan.h"
 #include "window_attention/window_attention_plan_simt.h"
 #include "window_attention/window_attention_plan_sm80_large.h"
 #include "window_attention/window_attention_plan_sm90.h"
@@ -134,6 +135,17 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("path"), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("multiprocessors"),
       "Launch settings of linear_gelu's CUDA kernels: of a product that may be split, and of dh.");
+  m.def(
+      "patch_merge_plan",
+      [](int64_t rows, int64_t C, bool fixed_widths, int multiprocessors, bool backward) {
+        const auto p =
+            vitkernels::patch_merge::plan(rows, C, fixed_widths, multiprocessors, backward);
+        return py::dict("vectorized"_a = p.vectorized, "block_per_row"_a = p.block_per_row,
+                        "chunks"_a = p.chunks, "lanes"_a = p.lanes, "threads"_a = p.threads,
+                        "blocks"_a = p.blocks, "shared_bytes"_a = p.shared_bytes);
+      },
+      py::arg("rows"), py::arg("C"), py::arg("fixed_widths"), py::arg("multiprocessors"),
+      py::arg("backward"), "Launch settings of patch_merge_layer_norm's CUDA kernels.");
   m.def(
       "window_attention_simt_plan",
       [](int64_t windows, int heads, int N, int D, int table_rows, int multiprocessors,

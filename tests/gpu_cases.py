@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 from attention_problems import attention_problem, packed_problem
+from distillation_problems import distillation_problem
 from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
 from linear_gelu_problems import linear_gelu_problem, linear_problem
 from patch_embed_problems import IMAGE_LAYOUTS, UINT8, patch_embed_problem
@@ -37,6 +38,7 @@ MAKERS = {
     "patch_merge_layer_norm": patch_merge_problem,
     "linear_gelu": linear_gelu_problem,
     "linear": linear_problem,
+    "distillation_loss": distillation_problem,
 }
 
 
@@ -132,6 +134,7 @@ def regimes(problem: Problem) -> list[str]:
         sizes = (inputs["weight"].shape[1:].numel(),)
     elif problem.op == "distillation_loss":
         sizes = (inputs["logits"].shape[1],)
+        dtypes += tuple(problem.options[n].dtype for n in ("teacher_logits", "targets"))
     else:
         C = inputs["x"].shape[-1]
         sizes = (4 * C,) if problem.op == "patch_merge_layer_norm" else (C,)
@@ -262,6 +265,27 @@ def _products() -> Iterator[Case]:
     yield from _cases("linear", "M394 K384 N320", (2, 197, 384), 320, layouts=layouts)
 
 
+def _losses() -> Iterator[Case]:
+    """The kinds at ImageNet's classes, then widths that are odd, aligned, and beyond one block."""
+    kinds = {
+        "soft": {"temperature": 3.0, "label_smoothing": 0.1},
+        "hard": {"kind": "hard"},
+        "mixup": {"soft_targets": FP32, "label_smoothing": 0.1, "reduction": "deit"},
+        "bf16 teacher": {"teacher_dtype": BF16},
+    }
+    for kind, options in kinds.items():
+        yield from _cases("distillation_loss", f"K1000 {kind}", (300, 1000), **options)
+        yield from _cases("distillation_loss", f"K21841 {kind}", (9, 21841), **options)
+    for K in (2, 3, 10, 100, 1024, 1025, 2049, 4100, 8192, 11221, 65536):
+        yield from _cases("distillation_loss", f"K{K}", (5, K), temperature=2.0)
+    for B in (1, 2, 31, 5000):
+        yield from _cases("distillation_loss", f"B{B} K40", (B, 40), grad_layout="ones")
+    layouts = ("transposed", "sliced", "expanded", "misaligned_1", "nan_border")
+    of_layouts = {"dtypes": (BF16,), "layouts": layouts, "grad_layout": "contiguous"}
+    for K in (104, 5000):
+        yield from _cases("distillation_loss", f"K{K} layouts", (6, K), **of_layouts)
+
+
 def _small() -> Iterator[Case]:
     """Sizes off the tiles' edges, most options, both 16-bit dtypes and fp32."""
     for dtype in (BF16, FP32):
@@ -277,9 +301,15 @@ def _small() -> Iterator[Case]:
         cosine = {"cosine": True, "heads": 2, "D": 32, "B": 1}
         yield from _cases("window_attention", "window 4 cosine D32", 4, 0, **cosine, **one)
         yield from _cases("patch_embed", "patch 4 D24", (2, 3), 4, 24, UINT8, **one)
-        yield from _cases("patch_merge_layer_norm", "C6", (2, 5, 4, 6), **one)
+        for C in (6, 24, 264):
+            yield from _cases("patch_merge_layer_norm", f"C{C}", (1, 5, 4, C), **one)
         yield from _cases("linear_gelu", "M10 K24 N40", (2, 5, 24), 40, **one)
         yield from _cases("linear", "M10 K24 N40", (2, 5, 24), 40, **one)
+        for K in (41, 1100, 8200):
+            soft = {"temperature": 2.0, "label_smoothing": 0.1}
+            yield from _cases("distillation_loss", f"K{K} soft", (2, K), **soft, **one)
+        mixup = {"kind": "hard", "soft_targets": FP32, "label_smoothing": 0.1}
+        yield from _cases("distillation_loss", "K40 hard mixup", (3, 40), **mixup, **one)
     yield from _cases("attention_qkvpacked", "N50 D64", 1, 50, 1, 64, dtypes=(FP16,))
     for D in (64, 72):
         long = {"Nk": 280, "bias": (1, 1, 9, 280), "dtypes": (BF16,)}
@@ -289,7 +319,9 @@ def _small() -> Iterator[Case]:
 
 def _numerics() -> list[Case]:
     """16-bit first, and mixed within: what a run cut short has shown is of every operator."""
-    cases = [*_layer_norms(), *_attentions(), *_window_attentions(), *_products()]
+    cases = [
+        *_layer_norms(), *_attentions(), *_window_attentions(), *_products(), *_losses(),
+    ]  # fmt: skip
     random.Random(0).shuffle(cases)
     return sorted(cases, key=lambda case: case.dtype == FP32)
 

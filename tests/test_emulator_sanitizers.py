@@ -18,7 +18,10 @@ pytestmark = [
 
 SOURCE = ROOT / "tests" / "emulator" / "planted.cpp"
 FLAGS = {"tsan": "-fsanitize=thread", "asan": "-fsanitize=address"}
-CASES = ("add_layer_norm", "layer_norm_add", "attention", "window_attention")
+CASES = (
+    "add_layer_norm", "layer_norm_add", "attention", "window_attention", "patch_merge_layer_norm",
+    "distillation_loss",
+)  # fmt: skip
 # kernel, argument with the bug, arguments without
 RACES = [("handover", 0, (1, 2, 3)), ("handover", 4, ()), ("reuse", 0, (1,)), ("blocks", 0, (1,))]
 BOUNDS = [("bounds", 1, (0,)), ("bounds", 2, ()), ("bounds", 3, ())]
@@ -71,6 +74,6 @@ def test_every_small_case_is_clean(kind, text):
     library = ROOT / "vitkernels" / "lib" / f"libvitkernels_emu_{kind}.so"
     if not library.exists():
         pytest.skip(f"{library.name} is not built: make test-emu-{kind} does")
-    status, out, err = run(kind, "cases", f"{text} cuda" if "norm" in text else text)
+    status, out, err = run(kind, "cases", text if "attention" in text else f"{text} cuda")
     assert status == 0, f"{out}\n{err[-6000:]}"
     assert "passed" in out

@@ -4,6 +4,7 @@ The real parts run on CPU tensors (emulator and interpreter) and make no hardwar
 planted part ends its cases in every way there is.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -25,8 +26,9 @@ from vitkernels.evidence import record as records
 from vitkernels.evidence import runner as runners
 from vitkernels.evidence.outcome import STATUSES
 from vitkernels.evidence.record import FACTS, BadRecord, Record, validate
-from vitkernels.evidence.shapes import HAS_PATHS, MODULES, PATHS, contests
+from vitkernels.evidence.shapes import HAS_PATHS, MODULES, PATHS, ROWS, contests
 from vitkernels.ops import __all__ as OPERATORS
+from vitkernels.testing import available_for
 
 CPU = ["--device", "cpu"]
 
@@ -185,6 +187,30 @@ def test_determinism_and_kernels_in_one_command(tmp_path, capsys):
     mine = {n: c for n, c in cases.items() if n.startswith(only)}
     assert len(mine) == len(determinism.KINDS)
     assert {c["why"] for c in mine.values() if "why" in c} == {"it needs an NVIDIA GPU"}
+
+
+def test_a_scalar_loss_of_more_rows_is_that_of_its_last_ones(monkeypatch):
+    """The form of the check beyond 2^31 elements, on few rows; and a kernel whose index wraps."""
+    monkeypatch.setitem(determinism.LARGE, "distillation_loss", (64, 40))
+    row = next(row for row in ROWS if row.op == "distillation_loss")
+    of = "distillation_loss", row
+    for backend in available_for("distillation_loss"):
+        assert determinism.large_loss(*of, backend, "cpu") == {"elements": 64 * 40}
+
+    resized = determinism._resized
+
+    def wrapping(row, shape, device):
+        subject = resized(row, shape, device)
+        right = subject.ours("reference")
+
+        def wrong(*tensors):
+            return right(*(t[torch.arange(len(t)) % 32] for t in tensors))
+
+        return dataclasses.replace(subject, ours=lambda backend: wrong)
+
+    monkeypatch.setattr(determinism, "_resized", wrapping)
+    with pytest.raises(AssertionError, match=r"beyond 2\^31 elements"):
+        determinism.large_loss(*of, "reference", "cpu")
 
 
 def test_a_wrong_kernel_fails_its_contest_and_is_not_timed(monkeypatch):
@@ -354,8 +380,7 @@ def test_a_record_is_replaced_whole(tmp_path, monkeypatch):
 
 
 def test_the_lists_cover_every_operator_and_path():
-    # distillation_loss has no GPU cases yet: on a GPU `auto` takes stock PyTorch for it.
-    operators = {op for op in OPERATORS if op not in ("attention_weights", "distillation_loss")}
+    operators = {op for op in OPERATORS if op != "attention_weights"}
     assert set(MODULES) == operators
     for cases in (NUMERICS, SMALL):
         of_op = {op: {(c.backend, c.path) for c in cases.values() if c.op == op} for op in MODULES}

@@ -33,8 +33,10 @@ LARGE = {
     "patch_merge_layer_norm": (7144, 56, 56, 96),
     "linear_gelu": (700_000, 384, 3072),
     "linear": (700_000, 384, 3072),
+    "distillation_loss": (2**22, 520),
 }
 LAST = 2  # samples (rows of a Linear: more) at the end that are compared with a call of their own
+CERTAIN = 512.0  # a logit beside zeros whose softmax is exactly 1, in any dtype
 
 
 def names(device: str) -> list[str]:
@@ -63,7 +65,8 @@ def run(name: str, device: str) -> Outcome | dict:
     row = next(row for row in ROWS if row.op == op)
     with testing.cuda_path(path) if path else contextlib.nullcontext():
         if kind == "large":
-            return _large(op, row, backend)
+            large = large_loss if op == "distillation_loss" else _large
+            return large(op, row, backend)
         subject = row.subject(device, small=device != "cuda", batch=BATCH)
         direction = FORWARD if kind == "graph-forward" else BOTH
         inputs, grads = problem(subject, 0, DTYPE, direction, torch.device(device))
@@ -130,8 +133,31 @@ def _large(op, row, backend) -> dict:
     return {"elements": largest}
 
 
-def _resized(row, shape):
-    return dataclasses.replace(row, shape=shape).subject("cuda")
+def large_loss(op, row, backend, device="cuda") -> dict:
+    """A scalar has no last samples. All rows before them are sure of the right class, in student
+    and teacher: they add exactly 0 to the loss and have no gradient. So loss and gradients are
+    those of the last rows alone, but for the mean's divisor; both batches are powers of two, and
+    the quotient of the divisors changes no bit but the exponent."""
+    rows, K = LARGE[op]
+    tail, whole = (_resized(row, (n, K), device) for n in (LAST, rows))
+    inputs, grads = problem(tail, 0, DTYPE, BOTH, torch.device(device))
+    alone = run_once(tail.ours(backend), inputs, grads)
+    every = [_at_the_end(t.detach(), rows) for t in inputs]
+    for tensor, of_tail in zip(every, inputs, strict=True):
+        if tensor.is_floating_point():
+            tensor[:-LAST, 0] = CERTAIN
+        tensor.requires_grad_(of_tail.requires_grad)
+    loss, *gradients = run_once(whole.ours(backend), every, grads)
+    scale, what = rows // LAST, f"{op} {backend} beyond 2^31 elements"
+    ends = [loss * scale, *(t[-LAST:] * scale for t in gradients)]
+    testing.assert_bitwise_equal(alone, ends, what)
+    for gradient in gradients:
+        assert not gradient[:-LAST].any(), f"{what}: a gradient in rows that have none"
+    return {"elements": every[0].numel()}
+
+
+def _resized(row, shape, device="cuda"):
+    return dataclasses.replace(row, shape=shape).subject(device)
 
 
 def _at_the_end(tensor: torch.Tensor, n: int) -> torch.Tensor:

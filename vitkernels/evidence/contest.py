@@ -22,7 +22,9 @@ from .subject import BOTH, FORWARD, Subject, normal
 
 KERNELS = ("cuda", "triton")
 STOCK = "torch"  # the composition that `auto` takes where no kernel has won
-MEMORY_BOUND = ("add_layer_norm", "layer_norm_add", "patch_merge_layer_norm")
+MEMORY_BOUND = (
+    "add_layer_norm", "layer_norm_add", "patch_merge_layer_norm", "distillation_loss",
+)  # fmt: skip
 # Of a gradient of a few long sums, such as logit_scale's, the yardstick's own error is a lottery.
 FEW, FEW_SLACK = 32, 8.0
 Within = Callable[[], contextlib.AbstractContextManager]
@@ -50,15 +52,20 @@ def ours(subject: Subject, paths: bool) -> dict[str, Way]:
 def problem(
     subject: Subject, seed: int, dtype: torch.dtype, direction: str, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs, and random gradients of the outputs where the direction needs them."""
+    """Inputs, and gradients of the outputs where the direction needs them: random ones, and 1 for
+    a scalar, which is a loss."""
     inputs = subject.make(seed, dtype, device)
     if direction == FORWARD:
         return inputs, []
-    inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
+    learned = inputs[: subject.with_gradient]
+    for tensor in filter(torch.is_floating_point, learned):
+        tensor.requires_grad_()
     with torch.no_grad():
         outputs = testing.as_tuple(subject.eager(*inputs))
     random = normal(seed + 1000, device)
-    return inputs, [random(*o.shape).to(o.dtype) for o in outputs]
+    return inputs, [
+        (random(*o.shape) if o.ndim else torch.ones_like(o)).to(o.dtype) for o in outputs
+    ]
 
 
 def run_once(function: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple:

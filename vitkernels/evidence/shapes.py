@@ -24,6 +24,7 @@ MODULES = {  # operator -> the file beside this one that makes its subjects
     "patch_merge_layer_norm": "patch_merge",
     "linear_gelu": "linear_gelu",
     "linear": "linear_gelu",
+    "distillation_loss": "distillation_loss",
 }
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PATHS = ("simt", "sm80", "sm90")  # of the operators whose CUDA launcher chooses among kernels
@@ -96,6 +97,12 @@ ROWS: tuple[Row, ...] = (
     Row("linear_gelu", "vit_base", (256 * 197, 768, 3072), (10, 24, 40), fp32=True),
     Row("linear_gelu", "swin_tiny_stage1", (128 * 3136, 96, 384), (10, 24, 40)),
     Row("linear", "vit_base", (256 * 197, 768, 2304), (10, 24, 40), fp32=True, tune=False),
+    Row("distillation_loss", "imagenet", (1024, 1000), (6, 40), fp32=True),
+    Row("distillation_loss", "imagenet_hard", (1024, 1000), (6, 40), (("kind", "hard"),)),
+    Row("distillation_loss", "imagenet_mixup", (1024, 1000), (6, 40), (("mixup", True),)),
+    Row("distillation_loss", "imagenet21k_p", (512, 11221), (6, 40)),
+    Row("distillation_loss", "imagenet21k", (512, 21841), (6, 40)),
+    Row("distillation_loss", "dino_prototypes", (4096, 65536), (6, 40), tune=False),
 )
 
 

@@ -16,7 +16,8 @@ __all__ = ["BOTH", "FORWARD", "Subject"]
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """Every function takes the inputs; floating ones get gradients.
+    """Every function takes the inputs; the floating ones of them, or of the first `with_gradient`,
+    get gradients.
 
     make: (seed, dtype, device) -> inputs. ours: backend -> function. eager: plain PyTorch in
     the tested dtype, the yardstick of the error model. truth: of float64 inputs. cost: (itemsize,
@@ -33,6 +34,7 @@ class Subject:
     sizes: tuple[int, ...]
     variant: str = ""
     peers: dict[str, Callable] = dataclasses.field(default_factory=dict)
+    with_gradient: int | None = None
 
     def regime(self, dtype: torch.dtype, direction: str) -> str:
         return _regimes.regime(self.op, (dtype,), direction == BOTH, self.sizes, self.variant)

@@ -22,14 +22,10 @@ Tensor = torch.Tensor
 EVERY_FLOAT = _checks.FLOAT_DTYPES
 
 
-def _not_written_yet() -> str | None:
-    return "patch_merge_layer_norm in CUDA C++ is not part of this version; triton is"
-
-
 # Order of preference. x, weight, bias and y each have their own dtype.
 BACKENDS = (
     Backend("cpu"),
-    Backend("cuda", limit=_not_written_yet),
+    Backend("cuda"),
     Backend("triton"),
     Backend("torch", EVERY_FLOAT),
     Backend("reference", EVERY_FLOAT),
