@@ -12,6 +12,7 @@
 #include "attention/attention_plan_sm90_backward.h"
 #include "common/cpu_isa.h"
 #include "distillation_loss/distillation_loss_plan.h"
+#include "patch_embed/patch_embed_plan.h"
 #include "window_attention/window_attention_plan_simt.h"
 #include "window_attention/window_attention_plan_sm80_large.h"
 #include "window_attention/window_attention_plan_sm90.h"
@@ -87,6 +88,32 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("rows"), py::arg("K"), py::arg("aligned"), py::arg("one_type"),
       "Launch settings of distillation_loss's CUDA kernels.");
+  m.def(
+      "patch_embed_sm90_plan",
+      [](int rows, int D, int columns, int multiprocessors) {
+        const auto p = vitkernels::patch_embed::sm90::plan(rows, D, columns, multiprocessors);
+        return py::dict("width"_a = p.width, "tiles"_a = p.tiles, "blocks"_a = p.blocks,
+                        "shared_bytes"_a = p.shared_bytes);
+      },
+      py::arg("rows"), py::arg("D"), py::arg("columns"), py::arg("multiprocessors"),
+      "Launch settings of patch_embed's sm_90 forward.");
+  m.def(
+      "patch_embed_padded",
+      [](int channels, int pixels, bool normalized) {
+        const auto p = vitkernels::patch_embed::padded(channels, pixels, normalized);
+        return py::make_tuple(p.segments, p.used, p.length);
+      },
+      py::arg("channels"), py::arg("pixels"), py::arg("normalized"),
+      "How patch_embed's tensor-core paths pad a patch: segments, and columns of each before and "
+      "after.");
+  m.def(
+      "patch_embed_split",
+      [](int64_t tiles, int64_t steps, int64_t blocks) {
+        const auto s = vitkernels::patch_embed::split(tiles, steps, blocks);
+        return py::make_tuple(s.splits, s.steps);
+      },
+      py::arg("tiles"), py::arg("steps"), py::arg("blocks"),
+      "Parts of patch_embed's sums over patches and images, and the steps of each.");
   m.def(
       "window_attention_simt_plan",
       [](int64_t windows, int heads, int N, int D, int table_rows, int multiprocessors,
