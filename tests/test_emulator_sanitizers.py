@@ -18,7 +18,7 @@ pytestmark = [
 
 SOURCE = ROOT / "tests" / "emulator" / "planted.cpp"
 FLAGS = {"tsan": "-fsanitize=thread", "asan": "-fsanitize=address"}
-CASES = ("add_layer_norm", "layer_norm_add", "attention", "window_attention")
+CASES = ("add_layer_norm", "layer_norm_add", "attention", "window_attention", "patch_embed")
 # kernel, argument with the bug, arguments without
 RACES = [("handover", 0, (1, 2, 3)), ("handover", 4, ()), ("reuse", 0, (1,)), ("blocks", 0, (1,))]
 BOUNDS = [("bounds", 1, (0,)), ("bounds", 2, ()), ("bounds", 3, ())]

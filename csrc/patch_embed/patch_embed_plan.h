@@ -43,7 +43,7 @@ constexpr int kBlocks = 4;  // that share a multiprocessor
 
 namespace sm80 {
 constexpr int kThreads = 256, kTile = 128, kDepth = 64;
-constexpr int kBlocks = 2;                      // that share a multiprocessor: 128 registers
+constexpr int kBlocks = 1;                      // on a multiprocessor: two would spill
 constexpr int kTileBytes = kTile * kDepth * 2;  // of one operand
 
 // Two stages of A and B, then the places of the pixels.

@@ -12,7 +12,7 @@
 //
 // ViT-B/16, B 256, uint8: 59.2 GFLOP, 190 us at 312 TFLOP/s (A100); least bytes 38.5 MB of pixels,
 // 77 MB of tokens, 1.2 MB of weight, 58 us at 2 TB/s. Each pixel is read D / 128 times, from L2.
-// Grid: tiles and up to 1024 blocks more, of 256 threads, two to a multiprocessor; 64 KB of shared
+// Grid: tiles and up to 1024 blocks more, of 256 threads, one to a multiprocessor; 64 KB of shared
 // memory and 4 bytes for each column. Not measured yet. Launch settings: patch_embed_plan.h.
 #include "patch_embed/patch_embed_sm80.cuh"
 

@@ -9,9 +9,9 @@
 // sum's index outermost: ldmatrix transposes them. The scale of each channel, and what centring
 // left out, rest * dbias, are added to dweight's fp32 sums by finish_dweight.
 //
-// ViT-B/16, B 256: 59.2 GFLOP each. dweight: 36 tiles in 7 splits (132 multiprocessors), 16.5 MB of
+// ViT-B/16, B 256: 59.2 GFLOP each. dweight: 36 tiles in 3 splits (132 multiprocessors), 7.1 MB of
 // fp32 parts; least bytes 116 MB, 58 us at 2 TB/s, 27 us at 4.3 TB/s.
-// Grid: tiles (and splits) of 256 threads, two to a multiprocessor; 64 KB of shared memory and, for
+// Grid: tiles (and splits) of 256 threads, one to a multiprocessor; 64 KB of shared memory and, for
 // dweight, 512 bytes. Not measured yet. Launch settings: patch_embed_plan.h.
 #include "patch_embed/patch_embed_sm80.cuh"
 
