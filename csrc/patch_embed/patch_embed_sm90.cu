@@ -7,10 +7,10 @@
 //   warpgroups 0, 1   64 patches each: wgmma of 64 x WIDTH, the stage before released while the
 //                     next is multiplied; between channels the fp32 sums are rescaled, so that no
 //                     weight is rounded twice
-//   warpgroup 2       gathers: a thread has one patch (neighbours read neighbouring pixels), reads
-//                     stage i + 1 into registers, then centres, rounds and stores stage i to
-//                     swizzled shared memory (a warp's stores have no bank conflict); one thread
-//                     loads the weight's box by TMA
+//   warpgroup 2       gathers: a thread has one patch (neighbours read neighbouring pixels); asks
+//                     for pixels of two stages later in L2, reads, centres, rounds and stores those
+//                     of this one to swizzled shared memory (a warp's stores have no bank
+//                     conflict); one thread loads the weight's box by TMA
 // The sums leave through 2.25 KB a warp, 16 bytes a lane. Tiles of the same patches follow each
 // other, so that their pixels stay in L2. The prefix tokens are written by the gathering warps,
 // once they have no tile left.
@@ -68,66 +68,48 @@ struct Shared {
 
 // ---- The gathering warpgroup
 
-// Where a thread is: stage `i` of K, of a tile.
-struct Cursor {
-  int64_t tile;
-  int i;
-};
-
 template <DType TYPE, int WIDTH>
 VK_DEVICE void gather(const Shared<WIDTH>& shared, Ring ring, const TensorMap& map, const Args& a,
                       const Padded& columns, Source source, const Tiles& tiles) {
   const int thread = static_cast<int>(threadIdx.x) - kConsumerWarps * kWarp;
   const int of_segment = columns.tiles(), total = columns.segments * of_segment;
-  const int* places = shared.places();
-  int64_t patch = 0;
-  const auto steps_of = [&](int i) { return min(4, columns.steps() - i % of_segment * 4); };
-  const auto begin = [&](Unit(&units)[4], const Cursor& at) {
-    if (at.i == 0) {
-      const int row = static_cast<int>(at.tile / tiles.across) * kRows + thread;
-      patch = patch_place(a, a.images, min(row, a.rows() - 1));
+  const int pixel_bytes = a.images.bytes ? 1 : static_cast<int>(size_of(a.images.dtype));
+  for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+    const int row = static_cast<int>(tile / tiles.across) * kRows + thread;
+    const int64_t patch = patch_place(a, a.images, min(row, a.rows() - 1));
+#pragma unroll 1
+    for (int i = 0; i < total; ++i) {
+      const int segment = i / of_segment, t = i - segment * of_segment;
+      const int from = segment * columns.length + t * kDepth, steps = columns.steps() - 4 * t;
+      const float centre = channel_centre(a, segment);
+      const int* places = shared.places() + from;
+      Unit units[4] = {};
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (j < steps) units[j] = fetch<TYPE>(a.images, source, patch, places + 16 * j, centre);
+      const int ahead = from + 2 * kDepth + thread % 4 * 16;  // a line of two stages later
+      if (ahead < columns.columns() && shared.places()[ahead] >= 0)
+        prefetch_l2(static_cast<const char*>(a.images.data) +
+                    (patch + shared.places()[ahead]) * pixel_bytes);
+      MBarrier* full = ring.full + ring.slot;
+      mbarrier_wait(ring.empty + ring.slot, ring.phase ^ 1);
+      if (thread == 0) {
+        mbarrier_arrive_expect(full, Shared<WIDTH>::kWeightBytes);
+        tma_load(shared.weight(ring.slot), map, full,
+                 {from, static_cast<int>(tile % tiles.across) * WIDTH});
+      }
+      char* pixels = shared.pixels(ring.slot);
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (j < steps)
+          put_unit<TYPE>(chunk_of(pixels, kRows, thread, 2 * j),
+                         chunk_of(pixels, kRows, thread, 2 * j + 1), units[j], a.images.bytes,
+                         centre);
+      fence_proxy_async();
+      __syncwarp();
+      if (thread % kWarp == 0) mbarrier_arrive(full);
+      ring.advance();
     }
-    const int segment = at.i / of_segment, steps = steps_of(at.i);
-    const int from = segment * columns.length + at.i % of_segment * kDepth;
-    const float centre = channel_centre(a, segment);
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if (j < steps)
-        units[j] = fetch<TYPE>(a.images, source, patch, places + from + 16 * j, centre);
-  };
-
-  Cursor at = {blockIdx.x, 0};
-  Unit units[4] = {};
-  if (at.tile < tiles.count) begin(units, at);
-  while (at.tile < tiles.count) {
-    const int segment = at.i / of_segment, steps = steps_of(at.i);
-    MBarrier* full = ring.full + ring.slot;
-    mbarrier_wait(ring.empty + ring.slot, ring.phase ^ 1);
-    if (thread == 0) {
-      mbarrier_arrive_expect(full, Shared<WIDTH>::kWeightBytes);
-      tma_load(shared.weight(ring.slot), map, full,
-               {segment * columns.length + at.i % of_segment * kDepth,
-                static_cast<int>(at.tile % tiles.across) * WIDTH});
-    }
-    Cursor next = {at.tile, at.i + 1};
-    if (next.i == total) next = {at.tile + gridDim.x, 0};
-    Unit later[4] = {};
-    if (next.tile < tiles.count) begin(later, next);
-    const float centre = channel_centre(a, segment);
-    char* pixels = shared.pixels(ring.slot);
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if (j < steps)
-        put_unit<TYPE>(chunk_of(pixels, kRows, thread, 2 * j),
-                       chunk_of(pixels, kRows, thread, 2 * j + 1), units[j], a.images.bytes,
-                       centre);
-    fence_proxy_async();
-    __syncwarp();
-    if (thread % kWarp == 0) mbarrier_arrive(full);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) units[j] = later[j];
-    at = next;
-    ring.advance();
   }
 }
 
@@ -143,46 +125,56 @@ VK_DEVICE void multiply(const Shared<WIDTH>& shared, Ring ring, const Args& a,
     if (lane == 0) mbarrier_arrive(ring.empty + slot);
   };
   for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-    float sums[WIDTH / 2];
-    float scale = channel_scale(a, 0);
+    float sums[WIDTH / 2] = {};
     for (int segment = 0; segment < columns.segments; ++segment) {
-      if (segment > 0) {
-        const float before = scale;
-        scale = channel_scale(a, segment);
-        const float by = before / scale;
-#pragma unroll
-        for (int i = 0; i < WIDTH / 2; ++i) sums[i] *= by;
-      }
-      int last = -1;  // the stage whose products may be under way
-      for (int t = 0; t < columns.tiles(); ++t) {
-        const int steps = columns.steps() - 4 * t;
-        mbarrier_wait(ring.full + ring.slot, ring.phase);
+      const auto begin = [&](int step) {
         const WgmmaOperand x =
             wgmma_operand<Swizzle::k128>(shared.pixels(ring.slot) + group * 64 * 128, 16, 8 * 128);
         const WgmmaOperand w = wgmma_operand<Swizzle::k128>(shared.weight(ring.slot), 16, 8 * 128);
-        wgmma_fence(sums);
+        wgmma<TYPE>(sums, advanced(x, 32 * step), advanced(w, 32 * step), true);
+      };
+      const int whole = columns.steps() / 4, rest = columns.steps() % 4;
+      int last = ring.slot;  // the stage whose products may be under way
+      pin_registers(sums);
+#pragma unroll 1
+      for (int t = 0; t < whole; ++t) {
+        mbarrier_wait(ring.full + ring.slot, ring.phase);
+        wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < 4; ++step)
-          if (step < steps)
-            wgmma<TYPE>(sums, advanced(x, 32 * step), advanced(w, 32 * step),
-                        segment > 0 || t > 0 || step > 0);
+        for (int step = 0; step < 4; ++step) begin(step);
         wgmma_commit();
-        if (last >= 0) {
-          wgmma_wait<1>();
-          release(last);
-        }
+        wgmma_wait<1>();
+        if (t > 0) release(last);
         last = ring.slot;
         ring.advance();
       }
       wgmma_wait<0>(sums);
-      release(last);
+      if (whole > 0) release(last);
+      if (rest > 0) {  // of a stage that the segment does not fill
+        mbarrier_wait(ring.full + ring.slot, ring.phase);
+#pragma unroll 1
+        for (int step = 0; step < rest; ++step) {
+          wgmma_fence(sums);
+          begin(step);
+          wgmma_commit();
+          wgmma_wait<0>(sums);
+        }
+        release(ring.slot);
+        ring.advance();
+      }
+      // To the next channel's scale, and by the last one's to none.
+      float by = channel_scale(a, segment);
+      if (segment + 1 < columns.segments) by /= channel_scale(a, segment + 1);
+#pragma unroll
+      for (int i = 0; i < WIDTH / 2; ++i) sums[i] *= by;
+      pin_registers(sums);
     }
     const int row0 = static_cast<int>(tile / tiles.across) * kRows + warp * 16;
     const int column0 = static_cast<int>(tile % tiles.across) * WIDTH;
     const OutRows rows = out_rows(a, row0, lane);
 #pragma unroll
     for (int j = 0; j < WIDTH / kWayOutColumns; ++j)
-      write_tokens(a, bias, shared.room(warp), rows, column0 + j * kWayOutColumns, lane, scale,
+      write_tokens(a, bias, shared.room(warp), rows, column0 + j * kWayOutColumns, lane, 1.0f,
                    [&](int n, int i) { return sums[16 * j + 4 * n + i]; });
   }
 }
