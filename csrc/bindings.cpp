@@ -99,11 +99,11 @@ PYBIND11_MODULE(_C, m) {
       "Launch settings of patch_embed's sm_90 forward.");
   m.def(
       "patch_embed_padded",
-      [](int channels, int pixels, bool normalized) {
-        const auto p = vitkernels::patch_embed::padded(channels, pixels, normalized);
+      [](int channels, int pixels, bool normalized, int step) {
+        const auto p = vitkernels::patch_embed::padded(channels, pixels, normalized, step);
         return py::make_tuple(p.segments, p.used, p.length);
       },
-      py::arg("channels"), py::arg("pixels"), py::arg("normalized"),
+      py::arg("channels"), py::arg("pixels"), py::arg("normalized"), py::arg("step"),
       "How patch_embed's tensor-core paths pad a patch: segments, and columns of each before and "
       "after.");
   m.def(

@@ -157,11 +157,13 @@ def test_sm90_plans(D):
 
 @needs_plans
 def test_padded_columns():
-    """Of patches 4, 14, 16, 32 with statistics, and of 14 without: (segments, used, length)."""
-    assert [PLANS.patch_embed_padded(3, p * p, True) for p in (4, 14, 16, 32)] == [
-        (3, 16, 16), (3, 196, 208), (3, 256, 256), (3, 1024, 1024)
-    ]  # fmt: skip
-    assert PLANS.patch_embed_padded(3, 196, False) == (1, 588, 592)
+    """(segments, used, length) with statistics and without, in steps of sm_80 and of sm_90."""
+    for step, padded in {16: (16, 208, 256, 1024), 64: (64, 256, 256, 1024)}.items():
+        for patch, length in zip((4, 14, 16, 32), padded, strict=True):
+            pixels = patch * patch
+            assert PLANS.patch_embed_padded(3, pixels, True, step) == (3, pixels, length)
+    assert PLANS.patch_embed_padded(3, 196, False, 16) == (1, 588, 592)
+    assert PLANS.patch_embed_padded(3, 196, False, 64) == (1, 588, 640)
 
 
 @needs_plans

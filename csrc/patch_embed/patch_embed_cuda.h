@@ -8,6 +8,7 @@
 #include "common/device.cuh"
 #include "common/launch.cuh"
 #include "common/stable.h"
+#include "patch_embed/patch_embed_plan.h"
 
 namespace vitkernels::patch_embed {
 
@@ -83,7 +84,7 @@ struct Prepared {
   const float* bias;
   Tensor weight_owner, bias_owner;
 };
-Prepared prepare(const Device& device, const Tensor& like, const Args& args);
+Prepared prepare(const Device& device, const Tensor& like, const Args& args, const Padded& columns);
 
 // dweight from its parts (splits, D, padded.columns()), in order.
 void finish_dweight(const Device& device, const Args& args, const float* partial, int splits,

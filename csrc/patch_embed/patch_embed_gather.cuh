@@ -49,20 +49,20 @@ inline int64_t farthest_place(const Args& a) {
          (a.patch_w - 1) * a.images.column;
 }
 
+inline bool on_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 // Why no path of 16-bit operands serves; empty where one may.
-inline Refusal refuses_operands(const Args& a, bool normalized) {
+inline Refusal refuses_operands(const Args& a, const Padded& columns) {
   if (a.dtype == DType::kF32) return "it multiplies bf16 and fp16";
   if (a.D % 8 != 0) return "D must be a multiple of 8";
-  if (padded(a.C, a.pixels(), normalized).columns() > kMostColumns)
-    return "it takes patches of up to 4096 elements";
+  if (columns.columns() > kMostColumns) return "it takes patches of up to 4096 elements";
   if (farthest_place(a) > INT32_MAX) return "the pixels of a patch lie too far apart";
+  if (!on_line(a.pos.data)) return "pos_embed must lie on a 16-byte line";
   return "";
 }
 
-inline bool on_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-inline Padded padded(const Args& a) {
-  return padded(a.C, a.pixels(), a.mean != nullptr || a.std != nullptr);
+inline Padded padded(const Args& a, int step) {
+  return padded(a.C, a.pixels(), a.mean != nullptr || a.std != nullptr, step);
 }
 
 template <DType TYPE>

@@ -9,9 +9,10 @@ namespace vitkernels::patch_embed {
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The columns of a row as 16-bit products see them: segments of one scale, each padded to steps of
-// 16 columns. Without mean and std all channels are one segment (14 x 14: 588 -> 592), else each is
-// one (3 * 196 -> 3 * 208), between which the fp32 sums are rescaled.
+// The columns of a row as 16-bit products see them: segments of one scale, each padded to whole
+// steps: 16 columns of sm_80, 64 of sm_90 (fewer, by a branch around a wgmma, make ptxas serialize
+// all of them). Without mean and std all channels are one segment (14 x 14: 588 -> 592 or 640),
+// else each is one (3 * 196 -> 3 * 208 or 3 * 256), between which the fp32 sums are rescaled.
 struct Padded {
   int segments, used, length;  // each segment's columns before and after padding
 
@@ -19,9 +20,9 @@ struct Padded {
   constexpr int steps() const { return length / 16; }
   constexpr int tiles() const { return (length + 63) / 64; }  // of a segment, 64 columns each
 };
-constexpr Padded padded(int channels, int pixels, bool normalized) {
+constexpr Padded padded(int channels, int pixels, bool normalized, int step) {
   const int segments = normalized ? channels : 1, used = normalized ? pixels : channels * pixels;
-  return {segments, used, (used + 15) / 16 * 16};
+  return {segments, used, (used + step - 1) / step * step};
 }
 constexpr int kMostColumns = 4096;  // padded: of which shared memory holds the places
 

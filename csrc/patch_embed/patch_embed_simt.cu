@@ -333,8 +333,7 @@ void sums_over_images(const Device& device, const Tensor& like, const Args& a, f
                   static_cast<const float*>(of_tokens), static_cast<int>(blocks), dbias);
 }
 
-Prepared prepare(const Device& device, const Tensor& like, const Args& a) {
-  const Padded columns = padded(a.C, a.pixels(), a.mean != nullptr || a.std != nullptr);
+Prepared prepare(const Device& device, const Tensor& like, const Args& a, const Padded& columns) {
   Prepared out;
   const bool as_it_lies =
       a.weight.dtype == a.dtype && columns.used == columns.length && aligned(a.weight.data, 16);
@@ -354,7 +353,7 @@ Prepared prepare(const Device& device, const Tensor& like, const Args& a) {
 
 void finish_dweight(const Device& device, const Args& a, const float* partial, int splits,
                     const float* dbias) {
-  finish(device, a, padded(a.C, a.pixels(), true), partial, splits, dbias, true);
+  finish(device, a, padded(a.C, a.pixels(), true, 16), partial, splits, dbias, true);
 }
 
 }  // namespace vitkernels::patch_embed

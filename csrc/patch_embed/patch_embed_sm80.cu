@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 template <DType TYPE>
 void launch(const Device& device, const Args& a, const Prepared& prepared) {
-  const Padded columns = padded(a);
+  const Padded columns = padded(a, 16);
   const int64_t tiles = divide_up(a.rows(), kTile) * divide_up(a.D, kTile);
   const int64_t prefix = divide_up(static_cast<int64_t>(a.B) * a.P * a.D, 16 * kThreads);
   device.launch(forward_kernel<TYPE>,
@@ -114,14 +114,10 @@ void launch(const Device& device, const Args& a, const Prepared& prepared) {
 
 }  // namespace
 
-Refusal sm80_refuses_forward(const Args& a) {
-  const Refusal why = refuses_operands(a, a.mean != nullptr || a.std != nullptr);
-  if (!why.empty()) return why;
-  return on_line(a.pos.data) ? "" : "pos_embed must lie on a 16-byte line";
-}
+Refusal sm80_refuses_forward(const Args& a) { return refuses_operands(a, padded(a, 16)); }
 
 void forward_sm80(const Device& device, const Tensor& like, const Args& a) {
-  const Prepared prepared = prepare(device, like, a);
+  const Prepared prepared = prepare(device, like, a, padded(a, 16));
   if (a.dtype == DType::kBF16)
     launch<DType::kBF16>(device, a, prepared);
   else

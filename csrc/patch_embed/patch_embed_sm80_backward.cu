@@ -150,14 +150,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 template <DType TYPE>
 void launch(const Device& device, const Tensor& like, const Args& a, const float* dbias) {
   if (a.dimages.data != nullptr) {
-    const Prepared prepared = prepare(device, like, a);
-    const Padded columns = padded(a);
+    const Padded columns = padded(a, 16);
+    const Prepared prepared = prepare(device, like, a, columns);
     const int64_t tiles = divide_up(a.rows(), kTile) * divide_up(columns.columns(), kTile);
     device.launch(dimages_kernel<TYPE>, dim3(static_cast<unsigned>(tiles)), dim3(kThreads),
                   static_cast<size_t>(shared_bytes(0)), a, columns, prepared.weight);
   }
   if (a.dweight.data == nullptr) return;
-  const Padded columns = padded(a.C, a.pixels(), true);
+  const Padded columns = padded(a.C, a.pixels(), true, 16);
   const int64_t tiles = divide_up(a.D, kTile) * divide_up(columns.columns(), kTile);
   const Split s = split(tiles, divide_up(a.rows(), kDepth), device.multiprocessors() * kBlocks);
   Tensor partial = empty_like_shape(
@@ -171,7 +171,7 @@ void launch(const Device& device, const Tensor& like, const Args& a, const float
 }  // namespace
 
 Refusal sm80_refuses_backward(const Args& a) {
-  const Refusal why = refuses_operands(a, true);
+  const Refusal why = refuses_operands(a, padded(a.C, a.pixels(), true, 16));
   if (!why.empty()) return why;
   if (!on_line(a.dtokens) || a.dtokens_batch % 8 != 0 || a.dtokens_row % 8 != 0)
     return "rows of dtokens must lie on 16-byte lines";

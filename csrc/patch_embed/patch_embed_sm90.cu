@@ -80,13 +80,13 @@ VK_DEVICE void gather(const Shared<WIDTH>& shared, Ring ring, const TensorMap& m
 #pragma unroll 1
     for (int i = 0; i < total; ++i) {
       const int segment = i / of_segment, t = i - segment * of_segment;
-      const int from = segment * columns.length + t * kDepth, steps = columns.steps() - 4 * t;
+      const int from = segment * columns.length + t * kDepth;
       const float centre = channel_centre(a, segment);
       const int* places = shared.places() + from;
-      Unit units[4] = {};
+      Unit units[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (j < steps) units[j] = fetch<TYPE>(a.images, source, patch, places + 16 * j, centre);
+        units[j] = fetch<TYPE>(a.images, source, patch, places + 16 * j, centre);
       const int ahead = from + 2 * kDepth + thread % 4 * 16;  // a line of two stages later
       if (ahead < columns.columns() && shared.places()[ahead] >= 0)
         prefetch_l2(static_cast<const char*>(a.images.data) +
@@ -101,10 +101,9 @@ VK_DEVICE void gather(const Shared<WIDTH>& shared, Ring ring, const TensorMap& m
       char* pixels = shared.pixels(ring.slot);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (j < steps)
-          put_unit<TYPE>(chunk_of(pixels, kRows, thread, 2 * j),
-                         chunk_of(pixels, kRows, thread, 2 * j + 1), units[j], a.images.bytes,
-                         centre);
+        put_unit<TYPE>(chunk_of(pixels, kRows, thread, 2 * j),
+                       chunk_of(pixels, kRows, thread, 2 * j + 1), units[j], a.images.bytes,
+                       centre);
       fence_proxy_async();
       __syncwarp();
       if (thread % kWarp == 0) mbarrier_arrive(full);
@@ -133,11 +132,10 @@ VK_DEVICE void multiply(const Shared<WIDTH>& shared, Ring ring, const Args& a,
         const WgmmaOperand w = wgmma_operand<Swizzle::k128>(shared.weight(ring.slot), 16, 8 * 128);
         wgmma<TYPE>(sums, advanced(x, 32 * step), advanced(w, 32 * step), true);
       };
-      const int whole = columns.steps() / 4, rest = columns.steps() % 4;
       int last = ring.slot;  // the stage whose products may be under way
       pin_registers(sums);
 #pragma unroll 1
-      for (int t = 0; t < whole; ++t) {
+      for (int t = 0; t < columns.tiles(); ++t) {
         mbarrier_wait(ring.full + ring.slot, ring.phase);
         wgmma_fence();
 #pragma unroll
@@ -149,19 +147,7 @@ VK_DEVICE void multiply(const Shared<WIDTH>& shared, Ring ring, const Args& a,
         ring.advance();
       }
       wgmma_wait<0>(sums);
-      if (whole > 0) release(last);
-      if (rest > 0) {  // of a stage that the segment does not fill
-        mbarrier_wait(ring.full + ring.slot, ring.phase);
-#pragma unroll 1
-        for (int step = 0; step < rest; ++step) {
-          wgmma_fence(sums);
-          begin(step);
-          wgmma_commit();
-          wgmma_wait<0>(sums);
-        }
-        release(ring.slot);
-        ring.advance();
-      }
+      release(last);
       // To the next channel's scale, and by the last one's to none.
       float by = channel_scale(a, segment);
       if (segment + 1 < columns.segments) by /= channel_scale(a, segment + 1);
@@ -210,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <DType TYPE, int WIDTH>
 void launch(const Device& device, const Args& a, const Prepared& prepared, const Plan& p) {
-  const Padded columns = padded(a);
+  const Padded columns = padded(a, kDepth);
   const TensorLayout layout = {
       2, {columns.columns(), a.D}, {1, columns.columns()}, {kDepth, WIDTH}};
   const TensorMap map = make_tensor_map(prepared.weight, TYPE, layout, Swizzle::k128);
@@ -222,7 +208,7 @@ void launch(const Device& device, const Args& a, const Prepared& prepared, const
 
 template <DType TYPE>
 void launch_width(const Device& device, const Args& a, const Prepared& prepared) {
-  const Plan p = plan(a.rows(), a.D, padded(a).columns(), device.multiprocessors());
+  const Plan p = plan(a.rows(), a.D, padded(a, kDepth).columns(), device.multiprocessors());
   if (p.width == 256)
     launch<TYPE, 256>(device, a, prepared, p);
   else if (p.width == 192)
@@ -233,12 +219,12 @@ void launch_width(const Device& device, const Args& a, const Prepared& prepared)
 
 }  // namespace
 
-Refusal sm90_refuses_forward(const Args& a) { return sm80_refuses_forward(a); }
+Refusal sm90_refuses_forward(const Args& a) { return refuses_operands(a, padded(a, kDepth)); }
 
 Refusal sm90_refuses_backward(const Args&) { return "its backward is that of sm80"; }
 
 void forward_sm90(const Device& device, const Tensor& like, const Args& a) {
-  const Prepared prepared = prepare(device, like, a);
+  const Prepared prepared = prepare(device, like, a, padded(a, kDepth));
   if (a.dtype == DType::kBF16)
     launch_width<DType::kBF16>(device, a, prepared);
   else
