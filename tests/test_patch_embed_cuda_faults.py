@@ -18,15 +18,15 @@ pytestmark = pytest.mark.skipif(
 # that is compiled).
 FAULTS = {
     "none": (SM90, "", "", SM90),
-    "the fence before wgmma reads pixels": (SM90, "    fence_proxy_async();\n", "", SM90),
+    "the fence before wgmma reads pixels": (SM90, "      fence_proxy_async();\n", "", SM90),
     "the wait for an empty stage": (
         SM90,
-        "    mbarrier_wait(ring.empty + ring.slot, ring.phase ^ 1);\n",
+        "      mbarrier_wait(ring.empty + ring.slot, ring.phase ^ 1);\n",
         "",
         SM90,
     ),
     "the rescaling between channels": (SM90, "sums[i] *= by;", "sums[i] *= 1.0f;", SM90),
-    "the place of the second unit": (SM90, "places + from + 16 * j", "places + from", SM90),
+    "the place of the second unit": (SM90, "places + 16 * j", "places", SM90),
     "rounding up of the centre": (GATHER, "(8388608.0f + centre)", "(8388608.5f + centre)", SM80),
     "the barrier before the way out": (
         SM80,

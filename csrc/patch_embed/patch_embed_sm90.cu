@@ -5,21 +5,22 @@
 //
 // A block stays and goes through tiles of 128 patches x WIDTH columns, in stages of 64 of K:
 //   warpgroups 0, 1   64 patches each: wgmma of 64 x WIDTH, the stage before released while the
-//                     next is multiplied; between channels the fp32 sums are rescaled, so that no
-//                     weight is rounded twice
+//                     next is multiplied; behind each channel the fp32 sums are rescaled, so that
+//                     no weight is rounded twice
 //   warpgroup 2       gathers: a thread has one patch (neighbours read neighbouring pixels); asks
 //                     for pixels of two stages later in L2, reads, centres, rounds and stores those
 //                     of this one to swizzled shared memory (a warp's stores have no bank
 //                     conflict); one thread loads the weight's box by TMA
-// The sums leave through 2.25 KB a warp, 16 bytes a lane. Tiles of the same patches follow each
-// other, so that their pixels stay in L2. The prefix tokens are written by the gathering warps,
-// once they have no tile left.
+// Each channel is padded to whole stages (14 x 14: 3 * 256; without statistics 640), 4 x 4 to a
+// fourfold. The sums leave through 2.25 KB a warp, 16 bytes a lane. Tiles of the same patches
+// follow each other, so that their pixels stay in L2. The prefix tokens are written by the
+// gathering warps, once they have no tile left.
 //
 // ViT-B/16, B 256, uint8: 59.2 GFLOP, 75 us at 790 TFLOP/s; least bytes 38.5 MB of pixels, 77 MB of
 // tokens, 1.2 MB of weight, 27 us at 4.3 TB/s. A stage is 1024 cycles of products; its pixels are
 // 8192 bytes from L2 and 3.5 instructions each, 230 cycles of the four schedulers; the weight is
 // 32 KB from L2. 1176 tiles on 132 multiprocessors: 8.9 of 9 rounds.
-// Grid: a block for each multiprocessor, of 384 threads; 217 KB of shared memory at that shape. Not
+// Grid: a block for each multiprocessor, of 384 threads; 213 KB of shared memory at that shape. Not
 // measured yet. Launch settings: patch_embed_plan.h.
 #include "common/tma.cuh"
 #include "common/wgmma.cuh"
