@@ -38,12 +38,6 @@ SLOW = {
     "the place of the second unit": (SM90, "places + 16 * j", "places", SM90),
     "the wait for the copies": (SM80, "    wait_copies<0>();\n", "", SM80),
     "none of the backward": (BACKWARD, "", "", BACKWARD),
-    "zeros behind the last patch": (
-        BACKWARD,
-        "const bool inside = row + line < rows;",
-        "const bool inside = true;",
-        BACKWARD,
-    ),
     "units four apart": (
         BACKWARD,
         "const int chunk = 2 * (first_unit + 4 * j);",
