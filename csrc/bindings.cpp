@@ -15,6 +15,7 @@
 #include "common/cpu_isa.h"
 #include "distillation_loss/distillation_loss_plan.h"
 #include "linear_gelu/linear_gelu_plan.h"
+#include "patch_embed/patch_embed_plan.h"
 #include "patch_merge/patch_merge_plan.h"
 #include "window_attention/window_attention_plan_simt.h"
 #include "window_attention/window_attention_plan_sm80_large.h"
@@ -146,6 +147,32 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("rows"), py::arg("C"), py::arg("fixed_widths"), py::arg("multiprocessors"),
       py::arg("backward"), "Launch settings of patch_merge_layer_norm's CUDA kernels.");
+  m.def(
+      "patch_embed_sm90_plan",
+      [](int rows, int D, int columns, int multiprocessors) {
+        const auto p = vitkernels::patch_embed::sm90::plan(rows, D, columns, multiprocessors);
+        return py::dict("width"_a = p.width, "tiles"_a = p.tiles, "blocks"_a = p.blocks,
+                        "shared_bytes"_a = p.shared_bytes);
+      },
+      py::arg("rows"), py::arg("D"), py::arg("columns"), py::arg("multiprocessors"),
+      "Launch settings of patch_embed's sm_90 forward.");
+  m.def(
+      "patch_embed_padded",
+      [](int channels, int pixels, bool normalized, int step) {
+        const auto p = vitkernels::patch_embed::padded(channels, pixels, normalized, step);
+        return py::make_tuple(p.segments, p.used, p.length);
+      },
+      py::arg("channels"), py::arg("pixels"), py::arg("normalized"), py::arg("step"),
+      "How patch_embed's tensor-core paths pad a patch: segments, and columns of each before and "
+      "after.");
+  m.def(
+      "patch_embed_split",
+      [](int64_t tiles, int64_t steps, int64_t blocks) {
+        const auto s = vitkernels::patch_embed::split(tiles, steps, blocks);
+        return py::make_tuple(s.splits, s.steps);
+      },
+      py::arg("tiles"), py::arg("steps"), py::arg("blocks"),
+      "Parts of patch_embed's sums over patches and images, and the steps of each.");
   m.def(
       "window_attention_simt_plan",
       [](int64_t windows, int heads, int N, int D, int table_rows, int multiprocessors,

@@ -19,8 +19,8 @@ pytestmark = [
 SOURCE = ROOT / "tests" / "emulator" / "planted.cpp"
 FLAGS = {"tsan": "-fsanitize=thread", "asan": "-fsanitize=address"}
 CASES = (
-    "add_layer_norm", "layer_norm_add", "attention", "window_attention", "patch_merge_layer_norm",
-    "distillation_loss",
+    "add_layer_norm", "layer_norm_add", "attention", "window_attention", "patch_embed",
+    "patch_merge_layer_norm", "linear_gelu", "distillation_loss",
 )  # fmt: skip
 # kernel, argument with the bug, arguments without
 RACES = [("handover", 0, (1, 2, 3)), ("handover", 4, ()), ("reuse", 0, (1,)), ("blocks", 0, (1,))]

@@ -28,7 +28,9 @@ MODULES = {  # operator -> the file beside this one that makes its subjects
 }
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PATHS = ("simt", "sm80", "sm90")  # of the operators whose CUDA launcher chooses among kernels
-HAS_PATHS = ("attention", "attention_qkvpacked", "window_attention", "linear_gelu", "linear")
+HAS_PATHS = (
+    "attention", "attention_qkvpacked", "window_attention", "patch_embed", "linear_gelu", "linear",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

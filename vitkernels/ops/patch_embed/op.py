@@ -26,14 +26,10 @@ Tensor = torch.Tensor
 EVERY_FLOAT = _checks.FLOAT_DTYPES
 
 
-def _not_written_yet() -> str | None:
-    return "patch_embed in CUDA C++ is not part of this version; triton is"
-
-
 # Order of preference. Images are uint8 or float, every parameter has its own dtype.
 BACKENDS = (
     Backend("cpu", auto=without_matrix_unit),
-    Backend("cuda", limit=_not_written_yet),
+    Backend("cuda"),
     Backend("triton"),
     Backend("torch", EVERY_FLOAT),
     Backend("reference", EVERY_FLOAT),

@@ -1,0 +1,209 @@
+"""patch_embed's CUDA paths by name: values, refusals, equal bits, plans and instructions."""
+
+import itertools
+
+import pytest
+import torch
+from compiled_code import disassembler, sass
+from native_build import NVCC, ROOT
+from patch_embed_problems import UINT8, patch_embed_problem
+from problems import DTYPE_IDS, INPUT_DTYPE_IDS, check, output_gradients
+
+from vitkernels import _native, testing
+from vitkernels.testing import assert_bitwise_equal, available_for, cuda_path, grads_of
+
+FP32, BF16, FP16 = DTYPE_IDS
+PLANS = _native.build_facts()
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+needs_cuda = pytest.mark.skipif(
+    "cuda" not in available_for("patch_embed"), reason="neither a GPU nor the emulator is here"
+)
+needs_plans = pytest.mark.skipif(PLANS is None, reason="vitkernels._C is not built")
+
+
+def case(grid, patch, D, images, dtype, layout="contiguous", **options):
+    return grid, patch, D, images, dtype, layout, options
+
+
+# grid, patch, D, images, dtype, layout of the images, options. Rows of a tile: 128; columns: 128,
+# 192, 256; columns of a patch are padded to 16 for each channel.
+ANY = [
+    case((2, 3), 4, 24, UINT8, BF16),
+    case((3, 5), 16, 40, UINT8, BF16, prefix=5),
+    case((2, 2), 14, 200, UINT8, FP16, prefix=0),
+    case((1, 2), 32, 136, UINT8, BF16, prefix=None, pos=None),
+    case((2, 3), (3, 5), 40, UINT8, FP16, bias=False),
+    case((3, 3), (8, 4), 264, BF16, BF16, pos="patches", prefix=2),
+    case((2, 3), 16, 48, FP16, FP16, "channels_last"),
+    case((2, 3), 16, 48, UINT8, BF16, "channels_last"),
+    case((2, 3), 8, 48, UINT8, BF16, "cropped"),
+    case((2, 3), 8, 48, UINT8, BF16, "columns_apart"),
+    case((2, 3), 14, 48, BF16, BF16, "rows_apart"),
+    case((2, 3), 7, 48, BF16, BF16),
+    case((2, 3), 14, 48, FP32, BF16, autocast=BF16, mean=None, std=None),
+    case((2, 3), 8, 48, FP32, BF16, autocast=BF16),
+    case((2, 3), 5, 48, FP16, BF16, autocast=BF16),
+    case((9, 15), 4, 128, UINT8, BF16, B=1, pos="patches"),
+    case((8, 16), 4, 8, UINT8, FP16, B=1, Cin=1, prefix=1, pos_dtype=FP32),
+    case((13, 10), 2, 96, UINT8, BF16, B=2, Cin=7, weight_dtype=BF16, bias_dtype=FP32),
+    case((2, 3), 14, 64, UINT8, BF16, mean=None, std=None),
+    case((2, 2), 8, 64, UINT8, BF16, std=(1e-3, 1.0, 1e3)),
+    case((16, 18), 4, 384, UINT8, BF16, B=1),
+]
+
+
+def name_of(values):
+    grid, patch, D, images, dtype, layout, options = values
+    kinds = f"{INPUT_DTYPE_IDS[images]} {DTYPE_IDS[dtype]}"
+    return " ".join([f"{grid} p{patch} D{D} {kinds} {layout}", *(f"{k}={v}" for k, v in
+                                                                options.items())])  # fmt: skip
+
+
+def made(values):
+    grid, patch, D, images, dtype, layout, options = values
+    return patch_embed_problem(grid, patch, D, images, dtype, **options), layout
+
+
+@needs_cuda
+@pytest.mark.parametrize("values", ANY, ids=name_of)
+@pytest.mark.parametrize("path", ["simt", "sm80", "auto"])
+def test_a_path_by_name(path, values):
+    """Forward and every gradient. auto: the forward of sm_90, the backward of sm_80."""
+    problem, layout = made(values)
+    with cuda_path(path):
+        check(problem, "cuda", shape_class=f"{path} {name_of(values)}", layout=layout,
+              grad_layout="contiguous")  # fmt: skip
+
+
+@needs_cuda
+@pytest.mark.parametrize("values", [
+    case((2, 3), 4, 24, UINT8, FP32),
+    case((3, 5), 14, 33, UINT8, FP32, prefix=5, pos="patches"),
+    case((2, 2), 16, 65, FP32, FP32, "channels_last"),
+    case((5, 13), (3, 2), 70, UINT8, BF16, prefix=0, Cin=4),
+    case((2, 3), 8, 40, FP32, FP32, "cropped", bias=False),
+    case((1, 1), 7, 1, BF16, BF16, Cin=2, std=None),
+], ids=name_of)  # fmt: skip
+def test_simt_takes_any_call(values):
+    problem, layout = made(values)
+    with cuda_path("simt"):
+        check(problem, "cuda", shape_class=f"simt {name_of(values)}", layout=layout,
+              grad_layout="contiguous")  # fmt: skip
+
+
+@needs_cuda
+@pytest.mark.parametrize("path", ["sm80", "sm90"])
+@pytest.mark.parametrize(("options", "why"), [
+    ({"dtype": FP32}, "bf16 and fp16"),
+    ({"D": 20}, "multiple of 8"),
+    ({"patch": 37}, "4096 elements"),
+], ids=str)  # fmt: skip
+def test_refusals(path, options, why):
+    options = {"patch": 4, "D": 24, "dtype": BF16} | options
+    problem = patch_embed_problem(
+        1, options["patch"], options["D"], UINT8, options["dtype"], B=1, prefix=None
+    )
+    message = f"path {path} cannot serve this call: .*{why}"
+    with cuda_path(path), torch.no_grad(), pytest.raises(RuntimeError, match=message):
+        problem.ours("cuda")(*problem.inputs.values())
+
+
+@needs_cuda
+def test_the_backward_refuses_sm90_and_rows_off_their_lines():
+    problem = patch_embed_problem((2, 2), 4, 24, UINT8, BF16, B=1)
+    tensors = list(problem.inputs.values())
+    with cuda_path("sm90"), pytest.raises(RuntimeError, match="its backward is that of sm80"):
+        grads_of(problem.ours("cuda"), tensors)
+    with cuda_path("sm80"), pytest.raises(RuntimeError, match="dtokens must lie on 16-byte lines"):
+        check(problem, "cuda", shape_class="refused", grad_layout="misaligned_1")
+
+
+@needs_cuda
+@pytest.mark.parametrize("path", ["simt", "auto"])
+def test_repeats_are_bitwise_equal_and_unwanted_gradients_change_nothing(path):
+    problem = patch_embed_problem((5, 7), 8, 40, BF16, BF16, B=4, prefix=2)
+    tensors = list(problem.inputs.values())
+    with cuda_path(path):
+        with torch.no_grad():
+            grads = output_gradients(problem, testing.as_tuple(problem.ours("cuda")(*tensors)))
+        first = sum(grads_of(problem.ours("cuda"), tensors, grads), ())
+        assert_bitwise_equal(sum(grads_of(problem.ours("cuda"), tensors, grads), ()), first)
+        for wanted in problem.inputs:
+            leaves = [
+                t.detach().requires_grad_(n == wanted)
+                for n, t in zip(problem.inputs, tensors, strict=True)
+            ]
+            problem.ours("cuda")(*leaves).backward(grads[0])
+            for leaf, full in zip(leaves, first[1:], strict=True):
+                assert leaf.grad is None or torch.equal(leaf.grad, full), wanted
+
+
+# ---- Plans
+
+
+@needs_plans
+@pytest.mark.parametrize("D", [8, 96, 128, 192, 384, 768, 1024, 1280, 1408, 1536, 4096])
+def test_sm90_plans(D):
+    """The width leaves the fewest columns empty; shared memory fits; every block has a tile."""
+    for rows, columns in itertools.product((1, 128, 129, 50176), (48, 624, 768, 3072, 4096)):
+        p = PLANS.patch_embed_sm90_plan(rows, D, columns, 132)
+        waste = {w: -(-D // w) * w for w in (256, 192, 128)}
+        assert waste[p["width"]] == min(waste.values())
+        assert p["tiles"] == -(-rows // 128) * -(-D // p["width"])
+        assert p["blocks"] == min(p["tiles"], 132)
+        assert p["shared_bytes"] <= 232448
+
+
+@needs_plans
+def test_padded_columns():
+    """(segments, used, length) with statistics and without, in steps of sm_80 and of sm_90."""
+    for step, padded in {16: (16, 208, 256, 1024), 64: (64, 256, 256, 1024)}.items():
+        for patch, length in zip((4, 14, 16, 32), padded, strict=True):
+            pixels = patch * patch
+            assert PLANS.patch_embed_padded(3, pixels, True, step) == (3, pixels, length)
+    assert PLANS.patch_embed_padded(3, 196, False, 16) == (1, 588, 592)
+    assert PLANS.patch_embed_padded(3, 196, False, 64) == (1, 588, 640)
+
+
+@needs_plans
+def test_splits_cover_every_step_once():
+    for tiles, steps, blocks in itertools.product((1, 36, 500), (1, 7, 784), (8, 264)):
+        splits, each = PLANS.patch_embed_split(tiles, steps, blocks)
+        assert (splits - 1) * each < steps <= splits * each and splits <= 64
+        assert splits == 1 or splits * tiles <= blocks
+
+
+# ---- What nvcc made of them
+
+needs_sass = pytest.mark.skipif(
+    NVCC is None or disassembler() is None, reason="no nvcc or cuobjdump here"
+)
+WORDS = ("HGMMA", "UTMALDG", "HMMA", "LDGSTS", "LDL", "STL", "ATOM", "RED.")
+
+
+def counts(lines):
+    found = {word: sum(word in line for line in lines) for word in WORDS}
+    return {word: count for word, count in found.items() if count}
+
+
+@needs_sass
+def test_sm90_instructions_are_those_of_the_plan():
+    """Four steps of 16 columns in a stage, one box."""
+    code = sass(ROOT / "build/native/inplace/obj/patch_embed_patch_embed_sm90.cu.cuda.o", "sm_90a")
+    assert set(code) == {f"forward_kernel<{t},{w}>" for t in (1, 2) for w in (128, 192, 256)}
+    for lines in code.values():
+        assert counts(lines) == {"HGMMA": 4, "UTMALDG": 1}
+
+
+@needs_sass
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_sm80_instructions_are_those_of_the_plan(arch):
+    """A stage is 4 steps of 16 mma; copies of 16 bytes: 4 of an operand, before the loop and in."""
+    for part, kernels in {"": {"forward": 8}, "_backward": {"dweight": 8, "dimages": 16}}.items():
+        name = f"build/native/inplace/obj/patch_embed_patch_embed_sm80{part}.cu.cuda.o"
+        code = sass(ROOT / name, arch)
+        assert set(code) == {f"{kernel}_kernel<{t}>" for kernel in kernels for t in (1, 2)}
+        for (kernel, copies), t in itertools.product(kernels.items(), (1, 2)):
+            lines = code[f"{kernel}_kernel<{t}>"]
+            assert counts(lines) == {"HMMA": 64, "LDGSTS": copies}
