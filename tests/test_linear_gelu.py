@@ -35,7 +35,7 @@ SHAPES = [
     for backend, M, (K, N), dtype in itertools.product(BACKENDS, ROWS, SIZES, DTYPE_IDS)
     # The interpreter is slow and computes in fp32, the emulator is slow; stock fp16 products, too.
     if backend != "triton" or (dtype == FP32 and M in (3, 50) and M * K * N < 4e6)
-    if backend != "cuda" or M * K * N < (4e6 if dtype == FP32 else 2e7)
+    if backend != "cuda" or (4e6 if dtype == FP32 else 2e7) > M * K * N
     if dtype != FP16 or M * K * N < 4e6
 ]
 
