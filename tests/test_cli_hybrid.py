@@ -138,7 +138,7 @@ def test_weights_over_another_cnn_need_their_name(tmp_path, capsys):
 
 WRONG = {
     "another size": ("vit_small_r26_s32_224", "the CNN is a stem where 2-2-2-2 is expected"),
-    "a plain ViT": ("vit_tiny_patch16_224", "is a hybrid .* use FusedHybridViT"),
+    "a plain ViT": ("vit_tiny_patch16_224", "is a hybrid .*: name its own --model"),
     "a stride that is none": ("vit_base_r50_s8_224", "unknown model"),
 }
 

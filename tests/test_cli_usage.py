@@ -90,7 +90,7 @@ PREDICT = {
     "good.png --weights configured/model.pth": "preprocessor_config.json beside the weights cannot",
     f"good.png {WEIGHTS} --model vit_smal_patch16_224": "did you mean vit_small_patch16_224",
     f"good.png {WEIGHTS} --model vit_small_patch16_224": "the width is 64 where 384 is expected",
-    f"good.png {SWIN} --model vit_small_patch16_224": "swin.pth is a Swin Transformer, which",
+    f"good.png {SWIN} --model vit_small_patch16_224": "swin.pth is a Swin Transformer: name its",
     f"good.png {WEIGHTS} --model swin_tiny_patch4_window7_224": "model.pth is a Vision Transformer",
     f"good.png {SWIN} --model swin_tiny_patch4_window7_224": "the width is 32 where 96 is expected",
     f"good.png {SWIN} --model swin_tiny_patch4_windw7_224": "did you mean swin_tiny_patch4_window7",

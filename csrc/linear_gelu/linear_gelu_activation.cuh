@@ -36,8 +36,9 @@ VK_DEVICE float derivative(float h, Activation activation) {
     return 0.5f * erfcf(-kRootHalf * h) + h * kDensity * expf(-0.5f * h * h);
   if (activation == Activation::kTanh) {
     const float t = tanhf(kRootTwoOverPi * (h + kCube * h * h * h));
+    const float square = fminf(h * h, 1e30f);  // finite, where 1 - t * t is 0
     return 0.5f * (1.0f + t) +
-           0.5f * h * (1.0f - t * t) * kRootTwoOverPi * (1.0f + 3.0f * kCube * h * h);
+           0.5f * h * (1.0f - t * t) * kRootTwoOverPi * (1.0f + 3.0f * kCube * square);
   }
   if (activation == Activation::kQuick) {
     const float gate = sigmoid(kQuickFactor * h);

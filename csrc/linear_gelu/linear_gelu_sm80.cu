@@ -92,8 +92,8 @@ struct Shape {
 template <DType TYPE, Major A_MAJOR, Major B_MAJOR, bool SMALL>
 __global__ void __launch_bounds__(Shape<SMALL>::kThreads, 2)
     product_kernel(const __grid_constant__ ProductArgs a) {
+  check_launch_bounds<Shape<SMALL>::kThreads>();
   using S = Shape<SMALL>;
-  check_launch_bounds<S::kThreads>();
   constexpr int kFragmentsM = S::kRows / 16, kFragmentsN = S::kColumns / 8;
   using StageA = Stage<A_MAJOR, S::kTile.m>;
   using StageB = Stage<B_MAJOR, S::kTile.n>;
