@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -39,3 +40,8 @@ def sass(path: Path, arch: str) -> dict[str, list[str]]:
         name, _, body = part.partition("\n")
         found[short_name(name.strip())] = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+([^;]*);", body)
     return found
+
+
+def counts(lines: list[str], words: Iterable[str]) -> dict[str, int]:
+    """How many instructions of a kernel have each word."""
+    return {word: sum(word in line for line in lines) for word in words}

@@ -14,12 +14,16 @@ CAN_BUILD = CXX is not None and (OBJECTS / "emulator_emulator.cpp.emu.o").exists
 def run_mutant(op, change, check, folder, *arguments):
     """The finished process of `python -c check arguments`.
 
-    change: (file of csrc/op, the text there, which must be there once, what replaces it, the source
-    that is compiled).
+    change: (file of csrc/op, or "common/FILE", the text there, which must be there once, what
+    replaces it, the source that is compiled).
     """
     changed, old, new, source = change
     copy = folder / "csrc" / op
     copy.mkdir(parents=True)
+    if changed.startswith("common/"):  # the includes find it before csrc's
+        (copy.parent / "common").mkdir()
+        (copy.parent / changed).write_text((CSRC / changed).read_text())
+        changed = f"../{changed}"
     for path in (CSRC / op).glob("*.*h"):
         (copy / path.name).write_text(path.read_text())
     (copy / source).write_text((CSRC / op / source).read_text())
@@ -44,6 +48,15 @@ def run_mutant(op, change, check, folder, *arguments):
     env = os.environ | {"PYTHONPATH": paths, "VITKERNELS_EMULATE": "1"}
     command = [sys.executable, "-c", check, *arguments]
     return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+
+
+def check_verdict(done, faulty):
+    """A mutant that is none passes; any other ends with an error of the emulator or of a check."""
+    if not faulty:
+        assert done.returncode == 0, done.stderr[-2000:]
+        return
+    assert done.returncode == 1, "not caught" if done.returncode == 0 else done.stderr[-2000:]
+    assert "Error" in done.stderr, done.stderr[-2000:]
 
 
 def package_with(library, folder):

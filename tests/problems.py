@@ -191,6 +191,32 @@ def check(
     testing.cases.record(problem.op, backend, label, shape_class, layout)
 
 
+def check_repeats(problem: Problem, backend: str, wanted=None, repeats: int = 1) -> None:
+    """The same bits again; a gradient does not depend on which others are wanted.
+
+    wanted: groups of inputs; each one alone when left out.
+    """
+    tensors, names = list(problem.inputs.values()), list(problem.inputs)
+    with torch.no_grad():
+        outputs = testing.as_tuple(problem.ours(backend)(*tensors))
+    incoming = output_gradients(problem, outputs)
+    outputs, grads = testing.grads_of(problem.ours(backend), tensors, incoming)
+    for _ in range(repeats):
+        again = testing.grads_of(problem.ours(backend), tensors, incoming)
+        testing.assert_bitwise_equal(sum(again, ()), outputs + grads)
+    for group in wanted or [(name,) for name in names]:
+        leaves = [
+            t.detach().requires_grad_(n in group) for n, t in zip(names, tensors, strict=True)
+        ]
+        problem.ours(backend)(*leaves).backward(incoming[0])
+        assert [n for n, leaf in zip(names, leaves, strict=True) if leaf.grad is not None] == [
+            n for n in names if n in group
+        ]
+        for leaf, full in zip(leaves, grads, strict=True):
+            if leaf.grad is not None:
+                testing.assert_bitwise_equal(leaf.grad, full)
+
+
 def _freeze(problem: Problem, wanted):
     """testing.grads_of, with gradients only for the `wanted` inputs."""
     if wanted is None:

@@ -5,29 +5,24 @@ import math
 
 import pytest
 import torch
+from attention_paths import check_heads_alone, check_specials, needs_kernels, needs_nvcc
 from attention_problems import attention_problem, packed_problem
-from compiled_code import disassembler, sass
-from native_build import CSRC, NVCC, ROOT
-from problems import DTYPE_IDS, check, output_gradients
+from compiled_code import counts, sass
+from native_build import CSRC, ROOT
+from problems import DTYPE_IDS, check, check_repeats, output_gradients
 from test_cuda_build import compiled
 
 from vitkernels import _native, testing
-from vitkernels.testing import assert_bitwise_equal, available_for, grads_of
+from vitkernels.testing import assert_bitwise_equal, grads_of
 
 FP32, BF16, FP16 = DTYPE_IDS
 NAN, INF = math.nan, math.inf
 LENGTHS = (1, 2, 49, 50, 64, 65, 144, 196, 197, 198, 256, 257, 272)
 HEAD_DIMS = (8, 16, 32, 40, 48, 64, 72, 80, 88, 96, 112, 128)
 
-needs_kernels = pytest.mark.skipif(
-    "cuda" not in available_for("attention", D=64), reason="no CUDA kernels here"
-)
 needs_plans = pytest.mark.skipif(
     not hasattr(_native.build_facts(), "attention_sm80_plan"),
     reason="vitkernels._C is not built (it needs Python.h and pybind11)",
-)
-needs_nvcc = pytest.mark.skipif(
-    NVCC is None or disassembler() is None, reason="no nvcc or cuobjdump here"
 )
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -114,30 +109,12 @@ def test_layouts(layout):
 
 @needs_kernels
 def test_gradients_that_nobody_wants_change_nothing_and_repeats_are_equal():
-    problem = attention_problem(1, 66, 2, 64, BF16, Nk=50)
-    tensors = list(problem.inputs.values())
-    with torch.no_grad():
-        grads = output_gradients(problem, testing.as_tuple(problem.ours("cuda")(*tensors)))
-    first = sum(grads_of(problem.ours("cuda"), tensors, grads), ())
-    assert_bitwise_equal(sum(grads_of(problem.ours("cuda"), tensors, grads), ()), first)
-    for wanted in ("q", "k", "v"):
-        leaves = [t.detach().requires_grad_(n == wanted) for n, t in problem.inputs.items()]
-        problem.ours("cuda")(*leaves).backward(grads[0])
-        for leaf, full in zip(leaves, first[1:], strict=True):
-            if leaf.grad is not None:
-                assert_bitwise_equal(leaf.grad, full)
+    check_repeats(attention_problem(1, 66, 2, 64, BF16, Nk=50), "cuda")
 
 
 @needs_kernels
 def test_a_head_does_not_depend_on_its_neighbours():
-    """Tiles and padding of one head see nothing of another; the batch has no say in the bits."""
-    problem = attention_problem(2, 65, 2, 72, BF16)
-    q, k, v = problem.inputs.values()
-    out = problem.ours("cuda")(q, k, v)
-    for b in range(2):
-        for h in range(2):
-            one = [t[b : b + 1, :, h : h + 1].contiguous() for t in (q, k, v)]
-            assert_bitwise_equal(problem.ours("cuda")(*one), out[b : b + 1, :, h : h + 1])
+    check_heads_alone(attention_problem(2, 65, 2, 72, BF16))
 
 
 # ---- Special values
@@ -149,15 +126,7 @@ def test_a_head_does_not_depend_on_its_neighbours():
 def test_special_values_are_where_the_truth_has_them(name, value):
     problem = attention_problem(1, 20, 2, 16, BF16, Nk=35)
     problem.inputs[name][0, 17, 1, 3] = value
-    tensors = list(problem.inputs.values())
-    ours, exact = (
-        f(*t)
-        for f, t in (
-            (problem.ours("cuda"), tensors),
-            (problem.truth(), list(problem.double().inputs.values())),
-        )
-    )
-    assert testing.same_specials(ours, exact) == ""
+    check_specials(problem)
 
 
 @needs_kernels
@@ -347,11 +316,8 @@ def test_instructions_are_those_of_the_plan(backward, arch):
         for head_dim in range(16, 129, 16):
             for masks in (0, 1):
                 lines = code[f"{kernel}_kernel<{dtype},{head_dim},{masks}>"]
-                counts = {
-                    word: sum(word in line for line in lines)
-                    for word in ("HMMA", "LDGSTS", "LDL", "STL", "ATOM", "RED.")
-                }
-                assert counts == {
+                words = ("HMMA", "LDGSTS", "LDL", "STL", "ATOM", "RED.")
+                assert counts(lines, words) == {
                     "HMMA": products(head_dim, masks, backward),
                     "LDGSTS": 12 if backward else 4,  # both of a pair; at first, then tile by tile
                     **dict.fromkeys(("LDL", "STL", "ATOM", "RED."), 0),

@@ -5,29 +5,24 @@ import math
 
 import pytest
 import torch
+from attention_paths import check_heads_alone, check_specials, needs_kernels, needs_nvcc
 from attention_problems import attention_problem, packed_problem
-from compiled_code import disassembler, sass
-from native_build import CSRC, NVCC, ROOT
-from problems import DTYPE_IDS, check, output_gradients
+from compiled_code import counts, sass
+from native_build import CSRC, ROOT
+from problems import DTYPE_IDS, check, check_repeats, output_gradients
 from test_cuda_build import compiled
 
 from vitkernels import _native, testing
 from vitkernels.ops._random import keep_mask
-from vitkernels.testing import assert_bitwise_equal, available_for, grads_of
+from vitkernels.testing import assert_bitwise_equal, grads_of
 
 FP32, BF16, FP16 = DTYPE_IDS
 NAN, INF = math.nan, math.inf
 INSTANCES = (64, 80, 96, 128)  # head dims
 
-needs_kernels = pytest.mark.skipif(
-    "cuda" not in available_for("attention", D=64), reason="no CUDA kernels here"
-)
 needs_plans = pytest.mark.skipif(
     not hasattr(_native.build_facts(), "attention_sm80_long_plan"),
     reason="vitkernels._C is not built (it needs Python.h and pybind11)",
-)
-needs_nvcc = pytest.mark.skipif(
-    NVCC is None or disassembler() is None, reason="no nvcc or cuobjdump here"
 )
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -190,10 +185,7 @@ def test_a_fully_masked_row_is_zero_and_has_no_gradient():
 def test_special_values_are_where_the_truth_has_them(name, value):
     problem = attention_problem(1, 20, 2, 16, BF16, Nk=290)
     problem.inputs[name][0, 17, 1, 3] = value
-    with torch.no_grad():
-        ours = problem.ours("cuda")(*problem.inputs.values())
-        exact = problem.truth()(*problem.double().inputs.values())
-    assert testing.same_specials(ours, exact) == ""
+    check_specials(problem)
 
 
 @needs_kernels
@@ -216,30 +208,12 @@ def test_a_nan_stays_in_its_head_forward_and_backward():
 def test_repeats_are_equal_and_a_gradient_does_not_depend_on_the_others():
     """With partial sums of dbias, dropout, and tiles that are not whole."""
     options = {"Nk": 70, "bias": (1, 1, 66, 70), "dropout_p": 0.2}
-    problem = attention_problem(2, 66, 2, 64, BF16, **options)
-    tensors = list(problem.inputs.values())
-    with torch.no_grad():
-        grads = output_gradients(problem, testing.as_tuple(problem.ours("cuda")(*tensors)))
-    first = sum(grads_of(problem.ours("cuda"), tensors, grads), ())
-    for _ in range(3):
-        assert_bitwise_equal(sum(grads_of(problem.ours("cuda"), tensors, grads), ()), first)
-    for wanted in ("q", "k", "v", "bias"):
-        leaves = [t.detach().requires_grad_(n == wanted) for n, t in problem.inputs.items()]
-        problem.ours("cuda")(*leaves).backward(grads[0])
-        for leaf, full in zip(leaves, first[1:], strict=True):
-            if leaf.grad is not None:
-                assert_bitwise_equal(leaf.grad, full)
+    check_repeats(attention_problem(2, 66, 2, 64, BF16, **options), "cuda", repeats=3)
 
 
 @needs_kernels
 def test_a_head_does_not_depend_on_its_neighbours():
-    problem = attention_problem(2, 20, 2, 72, BF16, Nk=290)
-    q, k, v = problem.inputs.values()
-    out = problem.ours("cuda")(q, k, v)
-    for b in range(2):
-        for h in range(2):
-            one = [t[b : b + 1, :, h : h + 1].contiguous() for t in (q, k, v)]
-            assert_bitwise_equal(problem.ours("cuda")(*one), out[b : b + 1, :, h : h + 1])
+    check_heads_alone(attention_problem(2, 20, 2, 72, BF16, Nk=290))
 
 
 @needs_kernels
@@ -383,7 +357,6 @@ def test_instructions_are_those_of_the_plan(part, arch):
     assert len(code) == len(expected) + others[part] and expected.keys() <= code.keys()
     for kernel, lines in code.items():
         words = ("HMMA", "LDGSTS", "LDL", "STL", "ATOM", "RED.")
-        counts = {word: sum(word in line for line in lines) for word in words}
         products, copied = expected.get(kernel, (0, 0))
         none = dict.fromkeys(words[2:], 0)
-        assert counts == {"HMMA": products, "LDGSTS": copied, **none}, kernel
+        assert counts(lines, words) == {"HMMA": products, "LDGSTS": copied, **none}, kernel

@@ -2,24 +2,22 @@
 
 import math
 
+import attention_paths
 import pytest
 import torch
+from attention_paths import forward, needs_kernels, needs_nvcc, qkv, raw
 from attention_problems import attention_problem, packed_problem
-from compiled_code import disassembler, sass
-from native_build import NVCC, ROOT
+from compiled_code import counts, sass
+from native_build import ROOT
 from problems import DTYPE_IDS
 
 from vitkernels import _native, testing
 from vitkernels.ops.attention import reference
-from vitkernels.testing import assert_bitwise_equal, assert_close_to_truth, available_for
+from vitkernels.testing import assert_bitwise_equal
 
 FP32, BF16, FP16 = DTYPE_IDS
-V = torch.ops.vitkernels
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-needs_kernels = pytest.mark.skipif(
-    "cuda" not in available_for("attention", D=64), reason="no CUDA kernels and no emulator"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -28,23 +26,11 @@ def sm90():
         yield
 
 
-def forward(problem):
-    with torch.no_grad():
-        return problem.ours("cuda")(*problem.inputs.values())
-
-
 def check_forward(problem, what, layout="contiguous"):
-    """The output within the error model, the inputs untouched."""
-    problem = problem.laid_out(layout)
     tensors = list(problem.inputs.values())
-    with torch.no_grad(), testing.unchanged(*tensors):
-        ours = forward(problem)
-        base = problem.base()(*tensors)
-        truth = problem.truth()(*problem.double().inputs.values())
-    keys = tensors[1].shape[1] if len(tensors) > 1 and tensors[1].dim() == 4 else ours.shape[1]
-    assert_close_to_truth(ours, base, truth, what=what, rmse_factor=0.9 if keys >= 49 else None)
-    dtype = DTYPE_IDS[tensors[0].dtype]
-    testing.cases.record(problem.op, "cuda", dtype, f"sm90 forward {what}", layout)
+    keys = tensors[-1 if problem.op == "attention_qkvpacked" else 1].shape[1]
+    factor = 0.9 if keys >= 49 else None
+    attention_paths.check_forward(problem, f"sm90 forward {what}", layout, factor)
 
 
 LENGTHS = [1, 2, 16, 17, 49, 50, 64, 65, 144, 196, 197, 198, 201, 256, 257, 272]
@@ -112,19 +98,10 @@ def test_scales(scale):
     check_forward(packed_problem(1, 49, 1, 32, FP16, scale=scale), f"scale {scale}")
 
 
-def raw(q, k, v, bias=None, scale=0.125):
-    return V.attention_fwd.cuda(q, k, v, bias, None, None, scale, 0.0)
-
-
-def qkv(B=1, N=66, H=1, D=64, dtype=BF16, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(B, N, H, D, generator=generator).to(dtype) for _ in range(3)]
-
-
 @needs_kernels
 def test_lse():
     for N in (5, 66, 197, 257):
-        q, k, v = qkv(2, N, 2)
+        q, k, v = qkv(2, N, N, 2)
         bias = torch.randn(1, 2, N, N)
         for b in (None, bias):
             _, lse = raw(q, k, v, b)
@@ -135,7 +112,7 @@ def test_lse():
 
 @needs_kernels
 def test_masked_rows_are_zero():
-    q, k, v = qkv(N=197, H=2)
+    q, k, v = qkv(1, 197, 197, 2)
     bias = torch.zeros(1, 2, 197, 197)
     bias[0, 1, 3], bias[0, 0, 195], bias[0, 0, 7, :196] = -math.inf, -math.inf, -math.inf
     for b in (bias, bias.to(BF16)):
@@ -153,7 +130,7 @@ def test_masked_rows_are_zero():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("N", [66, 201])
 def test_special_values_spread_as_in_the_reference(N, value, where):
-    tensors = dict(zip("qkv", qkv(N=N), strict=True))
+    tensors = dict(zip("qkv", qkv(1, N, N), strict=True))
     tensors[where][0, N - 1, 0, 5] = value
     tensors[where][0, 2, 0, 63] = value
     out, lse = raw(*tensors.values())
@@ -169,7 +146,7 @@ def test_large_logits():
 
 @needs_kernels
 def test_repeats_and_batches_are_bitwise_equal():
-    q, k, v = qkv(3, 70, 2)
+    q, k, v = qkv(3, 70, 70, 2)
     bias = torch.randn(1, 2, 70, 70).to(BF16)
     for b in (None, bias):
         first = raw(q, k, v, b)
@@ -285,7 +262,7 @@ def products(width, columns, bias):
     return len(pieces) * width // 16 + parts * sum(-(-n // 16) for n in pieces)
 
 
-@pytest.mark.skipif(NVCC is None or disassembler() is None, reason="no nvcc or cuobjdump here")
+@needs_nvcc
 def test_instructions_are_those_of_the_plan():
     """Loads: a part of Q, K and V each. mma: both halves of a tail, 32 keys at a time."""
     name = "attention_attention_sm90.cu.cuda.o"
@@ -295,9 +272,8 @@ def test_instructions_are_those_of_the_plan():
         dtype, width, columns, bias = map(int, kernel.partition("<")[2].rstrip(">").split(","))
         seen.add((dtype, width, columns, bias))
         words = ("HGMMA", "UTMALDG", "HMMA", "LDL", "STL", "ATOM", "RED.")
-        counts = {word: sum(word in line for line in lines) for word in words}
         steps = width // 16
-        assert counts == {
+        assert counts(lines, words) == {
             "HGMMA": products(width, columns, bias),
             "UTMALDG": 3 * (2 if width > 64 else 1),
             "HMMA": 2 * 4 * steps + 4 * steps,

@@ -6,21 +6,19 @@ import math
 
 import pytest
 import torch
+from attention_paths import needs_kernels, needs_nvcc
 from attention_problems import attention_problem, packed_problem
-from compiled_code import disassembler, sass
-from native_build import NVCC, ROOT
-from problems import DTYPE_IDS, Problem, check, output_gradients
+from compiled_code import counts, sass
+from native_build import ROOT
+from problems import DTYPE_IDS, Problem, check, check_repeats, output_gradients
 
 from vitkernels import _native, testing
-from vitkernels.testing import assert_bitwise_equal, available_for, cuda_path, grads_of
+from vitkernels.testing import assert_bitwise_equal, cuda_path, grads_of
 
 FP32, BF16, FP16 = DTYPE_IDS
 INF = math.inf
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-needs_kernels = pytest.mark.skipif(
-    "cuda" not in available_for("attention", D=64), reason="no CUDA kernels and no emulator"
-)
 
 
 class BackwardOnly(Problem):
@@ -201,20 +199,7 @@ def test_large_logits(sm90, magnitude):
 @pytest.mark.parametrize("N", [50, 197, 210])
 def test_repeats_and_unwanted_gradients(sm90, N):
     problem = backward_only(attention_problem, 1, N, 2, 64, BF16, bias=(1, 2, N, N))
-    tensors = list(problem.inputs.values())
-    grads = [torch.randn(1, N, 2, 64).to(BF16)]
-    first = run(problem, tensors, grads)
-    assert_bitwise_equal(run(problem, tensors, grads), first)
-    for wanted in (["q"], ["k"], ["v"], ["bias"], ["q", "v"], ["k", "bias"]):
-        leaves = [
-            t.detach().requires_grad_(name in wanted)
-            for name, t in zip(problem.inputs, tensors, strict=True)
-        ]
-        problem.ours("cuda")(*leaves).backward(grads[0])
-        for name, leaf, full in zip(problem.inputs, leaves, first, strict=True):
-            assert (leaf.grad is not None) == (name in wanted)
-            if leaf.grad is not None:
-                assert_bitwise_equal(leaf.grad, full)
+    check_repeats(problem, "cuda", (["q"], ["k"], ["v"], ["bias"], ["q", "v"], ["k", "bias"]))
 
 
 @needs_kernels
@@ -348,7 +333,7 @@ def instance(width, depth):
     return {"HGMMA": products, "UTMALDG": 8, "LDL": 0, "STL": 0}
 
 
-@pytest.mark.skipif(NVCC is None or disassembler() is None, reason="no nvcc or cuobjdump here")
+@needs_nvcc
 def test_instructions_are_those_of_the_plan():
     name = "attention_attention_sm90_backward.cu.cuda.o"
     code = sass(ROOT / "build/native/inplace/obj" / name, "sm_90a")
@@ -357,7 +342,7 @@ def test_instructions_are_those_of_the_plan():
     for kernel, lines in kernels.items():
         _, width, depth, _ = map(int, kernel.partition("<")[2].rstrip(">").split(","))
         expected = instance(width, depth)
-        assert {word: sum(word in line for line in lines) for word in expected} == expected, kernel
+        assert counts(lines, expected) == expected, kernel
         wide = f"HGMMA.64x{width}x16"
         if width != depth:
             assert sum(wide in line for line in lines) == 2 * depth // 16, kernel  # S and dP

@@ -3,24 +3,22 @@ nvcc made."""
 
 import math
 
+import attention_paths
 import pytest
 import torch
+from attention_paths import forward, needs_kernels, needs_nvcc, qkv, raw
 from attention_problems import attention_problem
-from compiled_code import disassembler, sass
-from native_build import NVCC, ROOT
+from compiled_code import counts, sass
+from native_build import ROOT
 from problems import DTYPE_IDS
 
 from vitkernels import _native, testing
 from vitkernels.ops.attention import reference
-from vitkernels.testing import assert_bitwise_equal, assert_close_to_truth, available_for
+from vitkernels.testing import assert_bitwise_equal
 
 FP32, BF16, FP16 = DTYPE_IDS
-V = torch.ops.vitkernels
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-needs_kernels = pytest.mark.skipif(
-    "cuda" not in available_for("attention", D=64), reason="no CUDA kernels and no emulator"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -29,22 +27,8 @@ def sm90():
         yield
 
 
-def forward(problem):
-    with torch.no_grad():
-        return problem.ours("cuda")(*problem.inputs.values())
-
-
 def check_forward(problem, what, layout="contiguous", factor=0.9):
-    """The output within the error model, the inputs untouched."""
-    problem = problem.laid_out(layout)
-    tensors = list(problem.inputs.values())
-    with torch.no_grad(), testing.unchanged(*tensors):
-        ours = forward(problem)
-        base = problem.base()(*tensors)
-        truth = problem.truth()(*problem.double().inputs.values())
-    assert_close_to_truth(ours, base, truth, what=what, rmse_factor=factor)
-    dtype = DTYPE_IDS[tensors[0].dtype]
-    testing.cases.record(problem.op, "cuda", dtype, f"sm90 long forward {what}", layout)
+    attention_paths.check_forward(problem, f"sm90 long forward {what}", layout, factor)
 
 
 # Edges of 64 and 128 queries, of 152 and 176 keys and their multiples.
@@ -105,19 +89,10 @@ def test_masks_and_dropout(options):
     check_forward(attention_problem(2, 66, 2, 80, FP16, Nk=300, **options), " ".join(options))
 
 
-def raw(q, k, v, bias=None, padding=None, scale=0.125):
-    return V.attention_fwd.cuda(q, k, v, bias, padding, None, scale, 0.0)
-
-
-def qkv(B=1, Nq=66, Nk=310, H=1, D=64, dtype=BF16, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(B, N, H, D, generator=generator).to(dtype) for N in (Nq, Nk, Nk)]
-
-
 @needs_kernels
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1e-38, 2.0])
 def test_lse_and_scales(scale):
-    q, k, v = qkv(2, H=2)
+    q, k, v = qkv(2, 66, 310, 2)
     for bias in (None, torch.randn(1, 2, 66, 310)):
         out, lse = raw(q, k, v, bias, scale=scale)
         wide = [t.double() for t in (q, k, v)]
@@ -128,7 +103,7 @@ def test_lse_and_scales(scale):
 
 @needs_kernels
 def test_masked_rows_are_zero():
-    q, k, v = qkv(H=2)
+    q, k, v = qkv(1, 66, 310, 2)
     bias = torch.zeros(1, 2, 66, 310)
     bias[0, 1, 3], bias[0, 0, 65], bias[0, 0, 7, :309] = -math.inf, -math.inf, -math.inf
     for b in (bias, bias == 0):
@@ -146,7 +121,7 @@ def test_masked_rows_are_zero():
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_special_values_spread_as_in_the_reference(value, where):
-    tensors = dict(zip("qkv", qkv(Nq=300), strict=True))
+    tensors = dict(zip("qkv", qkv(1, 300, 310), strict=True))
     tensors[where][0, -1, 0, 5] = value
     tensors[where][0, 2, 0, 63] = value
     out, lse = raw(*tensors.values())
@@ -163,7 +138,7 @@ def test_large_logits():
 
 @needs_kernels
 def test_repeats_and_batches_are_bitwise_equal():
-    q, k, v = qkv(3, Nq=140, H=2)
+    q, k, v = qkv(3, 140, 310, 2)
     for b in (None, torch.randn(1, 2, 140, 310).to(BF16)):
         first = raw(q, k, v, b)
         assert_bitwise_equal(raw(q, k, v, b), first)
@@ -246,7 +221,7 @@ def products(width, keys):
     return 2 * width // 16 + 2 * parts * -(-keys // 16)
 
 
-@pytest.mark.skipif(NVCC is None or disassembler() is None, reason="no nvcc or cuobjdump here")
+@needs_nvcc
 def test_instructions_are_those_of_the_plan():
     name = "attention_attention_sm90_long.cu.cuda.o"
     code = sass(ROOT / "build/native/inplace/obj" / name, "sm_90a")
@@ -255,7 +230,7 @@ def test_instructions_are_those_of_the_plan():
         dtype, width, keys, general = map(int, kernel.partition("<")[2].rstrip(">").split(","))
         seen.add((dtype, width, keys, general))
         words = ("HGMMA", "UTMALDG", "HMMA", "LDL", "STL", "ATOM", "RED.")
-        assert {word: sum(word in line for line in lines) for word in words} == {
+        assert counts(lines, words) == {
             "HGMMA": products(width, keys),
             "UTMALDG": 4 * (2 if width > 64 else 1),  # Q of two groups, K, V
             "HMMA": 0,

@@ -5,22 +5,20 @@ import math
 
 import pytest
 import torch
+from attention_paths import needs_kernels, needs_nvcc
 from attention_problems import attention_problem, packed_problem
-from compiled_code import disassembler, sass
-from native_build import NVCC, ROOT
-from problems import DTYPE_IDS, check
+from compiled_code import counts, sass
+from native_build import ROOT
+from problems import DTYPE_IDS, check, check_repeats
 from test_attention_cuda_sm90_backward import backward_only, run
 
 from vitkernels import _native, testing
-from vitkernels.testing import assert_bitwise_equal, available_for, cuda_path, grads_of
+from vitkernels.testing import assert_bitwise_equal, cuda_path, grads_of
 
 FP32, BF16, FP16 = DTYPE_IDS
 INF = math.inf
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-needs_kernels = pytest.mark.skipif(
-    "cuda" not in available_for("attention", D=64), reason="no CUDA kernels and no emulator"
-)
 
 
 @pytest.fixture
@@ -189,20 +187,7 @@ def test_large_logits(sm90, magnitude):
 @needs_kernels
 def test_repeats_and_unwanted_gradients(sm90):
     problem = backward_only(attention_problem, 1, 140, 2, 64, BF16, Nk=260)
-    tensors = list(problem.inputs.values())
-    grads = [torch.randn(1, 140, 2, 64).to(BF16)]
-    first = run(problem, tensors, grads)
-    assert_bitwise_equal(run(problem, tensors, grads), first)
-    for wanted in ("q", "k", "v", "qv"):
-        leaves = [
-            t.detach().requires_grad_(name in wanted)
-            for name, t in zip("qkv", tensors, strict=True)
-        ]
-        problem.ours("cuda")(*leaves).backward(grads[0])
-        for name, leaf, full in zip("qkv", leaves, first, strict=True):
-            assert (leaf.grad is not None) == (name in wanted)
-            if leaf.grad is not None:
-                assert_bitwise_equal(leaf.grad, full)
+    check_repeats(problem, "cuda", ("q", "k", "v", "qv"))
 
 
 @needs_kernels
@@ -325,32 +310,26 @@ def compiled(part):
     }
 
 
-needs_code = pytest.mark.skipif(
-    NVCC is None or disassembler() is None, reason="no nvcc or cuobjdump here"
-)
-
-
-@needs_code
+@needs_nvcc
 def test_instructions_are_those_of_the_plan():
     kernels = compiled("backward")
     for (dtype, width, columns, by_key), lines in kernels.items():
         expected = instance(width, by_key)
-        counts = {word: sum(word in line for line in lines) for word in expected}
-        assert counts == expected, (dtype, width, columns, by_key)
+        assert counts(lines, expected) == expected, (dtype, width, columns, by_key)
     assert set(kernels) == {
         (t, w, COLUMNS[w][k], k) for t in (1, 2) for w in COLUMNS for k in (0, 1)
     }
 
 
-@needs_code
+@needs_nvcc
 def test_instructions_of_dbias_are_those_of_the_plan():
     """S and dP. Loads: two operands of the queries and of the keys, in one part or two; ptxas may
     write out the loops over them."""
     kernels = compiled("dbias")
     for (dtype, width), lines in kernels.items():
         words = ("HGMMA", "LDL", "STL", "ATOM", "RED.")
-        counts = {word: sum(word in line for line in lines) for word in words}
-        assert counts == dict.fromkeys(words, 0) | {"HGMMA": 2 * width // 16}, (dtype, width)
+        expected = dict.fromkeys(words, 0) | {"HGMMA": 2 * width // 16}
+        assert counts(lines, words) == expected, (dtype, width)
         loads, parts = sum("UTMALDG" in line for line in lines), 2 if width > 64 else 1
         assert loads >= 2 * parts and loads % parts == 0, (dtype, width)
     assert set(kernels) == {(t, w) for t in (1, 2) for w in COLUMNS}

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from compiled_code import disassembler, sass
+from compiled_code import counts, disassembler, sass
 from native_build import NVCC, ROOT
 from patch_embed_problems import UINT8, patch_embed_problem
-from problems import DTYPE_IDS, INPUT_DTYPE_IDS, check, output_gradients
+from problems import DTYPE_IDS, INPUT_DTYPE_IDS, check, check_repeats
 
-from vitkernels import _native, testing
-from vitkernels.testing import assert_bitwise_equal, available_for, cuda_path, grads_of
+from vitkernels import _native
+from vitkernels.testing import available_for, cuda_path, grads_of
 
 FP32, BF16, FP16 = DTYPE_IDS
 PLANS = _native.build_facts()
@@ -123,20 +123,8 @@ def test_the_backward_refuses_sm90_and_rows_off_their_lines():
 @pytest.mark.parametrize("path", ["simt", "auto"])
 def test_repeats_are_bitwise_equal_and_unwanted_gradients_change_nothing(path):
     problem = patch_embed_problem((5, 7), 8, 40, BF16, BF16, B=4, prefix=2)
-    tensors = list(problem.inputs.values())
     with cuda_path(path):
-        with torch.no_grad():
-            grads = output_gradients(problem, testing.as_tuple(problem.ours("cuda")(*tensors)))
-        first = sum(grads_of(problem.ours("cuda"), tensors, grads), ())
-        assert_bitwise_equal(sum(grads_of(problem.ours("cuda"), tensors, grads), ()), first)
-        for wanted in problem.inputs:
-            leaves = [
-                t.detach().requires_grad_(n == wanted)
-                for n, t in zip(problem.inputs, tensors, strict=True)
-            ]
-            problem.ours("cuda")(*leaves).backward(grads[0])
-            for leaf, full in zip(leaves, first[1:], strict=True):
-                assert leaf.grad is None or torch.equal(leaf.grad, full), wanted
+        check_repeats(problem, "cuda")
 
 
 # ---- Plans
@@ -182,9 +170,8 @@ needs_sass = pytest.mark.skipif(
 WORDS = ("HGMMA", "UTMALDG", "HMMA", "LDGSTS", "LDL", "STL", "ATOM", "RED.")
 
 
-def counts(lines):
-    found = {word: sum(word in line for line in lines) for word in WORDS}
-    return {word: count for word, count in found.items() if count}
+def present(lines):
+    return {word: count for word, count in counts(lines, WORDS).items() if count}
 
 
 @needs_sass
@@ -193,7 +180,7 @@ def test_sm90_instructions_are_those_of_the_plan():
     code = sass(ROOT / "build/native/inplace/obj/patch_embed_patch_embed_sm90.cu.cuda.o", "sm_90a")
     assert set(code) == {f"forward_kernel<{t},{w}>" for t in (1, 2) for w in (128, 192, 256)}
     for lines in code.values():
-        assert counts(lines) == {"HGMMA": 4, "UTMALDG": 1}
+        assert present(lines) == {"HGMMA": 4, "UTMALDG": 1}
 
 
 @needs_sass
@@ -206,4 +193,4 @@ def test_sm80_instructions_are_those_of_the_plan(arch):
         assert set(code) == {f"{kernel}_kernel<{t}>" for kernel in kernels for t in (1, 2)}
         for (kernel, copies), t in itertools.product(kernels.items(), (1, 2)):
             lines = code[f"{kernel}_kernel<{t}>"]
-            assert counts(lines) == {"HMMA": 64, "LDGSTS": copies}
+            assert present(lines) == {"HMMA": 64, "LDGSTS": copies}

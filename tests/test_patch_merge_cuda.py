@@ -215,32 +215,38 @@ for dtype in (torch.float32, torch.bfloat16):
     for shape in ((1, 25, 26, 40), (1, 3, 5, 264), (1, 3, 3, 7)):
         check(patch_merge_problem(shape, dtype), "cuda", shape_class="mutant")
 """
-KERNELS = "patch_merge_kernels.cuh"
-ROUND = "          }\n        }\n      }\n      __syncthreads();"
-FILLED = "biases(parameters + kept, a.bias, 0.0f, kept);"
-BARRIER = "\n  if constexpr (CHUNKS > 0) __syncthreads();"
+KERNELS, COMMON = "patch_merge_kernels.cuh", "common/layer_norm_rows.cuh"
+FILLED = "    shared.fill(1, a.bias, length, 0.0f);\n"
+ADDED = "         ...);\n      }\n"
 MUTANTS = {
-    "none": ("", ""),
+    "none": (KERNELS, "", ""),
     "pixels in reading order": (
+        KERNELS,
         "(pixel % 2 ? map.stride_h : 0) + (pixel >= 2 ? map.stride_w : 0)",
         "(pixel >= 2 ? map.stride_h : 0) + (pixel % 2 ? map.stride_w : 0)",
     ),
-    "no lower edge": ("(2 * h + 1 < size.H ? 1 : 0)", "1"),
-    "a row too far at the carry": ("w -= rows_w, ++h;", "w -= rows_w, h += 2;"),
-    "padding outside the variance": (
-        "if (VEC && !columns.holds(0)) return;",
-        "if (VEC && !Place(a.x, columns.first, a.size.C).is_in(patch)) return;",
+    "no lower edge": (KERNELS, "(2 * h + 1 < size.H ? 1 : 0)", "1"),
+    "a row too far at the carry": (KERNELS, "w -= rows_w, ++h;", "w -= rows_w, h += 2;"),
+    "no barrier before the parameters": (KERNELS, FILLED + "    __syncthreads();\n", FILLED),
+    "padding outside the statistics": (
+        KERNELS,
+        "statistics<VEC>(team, z, width,",
+        "statistics<VEC>(team, z, patch.has == 7 ? width : width / 2,",
     ),
-    "no barrier before the parameters": (FILLED + BARRIER, FILLED),
-    "no barrier after a warp's sums": (ROUND, ROUND.replace("      __syncthreads();", "")),
-    "teams left out": ("    over_teams(dweight);\n", ""),
-    "a block's sums left out": ("i < kFinishRows; ++i", "i < 1; ++i"),
+    "columns past the last in the variance": (
+        COMMON,
+        "    if (VEC && !columns.holds(0)) return;\n",
+        "",
+    ),
+    "no barrier after a warp's sums": (COMMON, ADDED + "      __syncthreads();\n", ADDED),
+    "teams left out": (COMMON, "if constexpr (!WARP) (sums.add", "if (length < 0) (sums.add"),
+    "a block's sums left out": (COMMON, "i < kFinishRows; ++i", "i < 1; ++i"),
 }
 
 
 @pytest.mark.skipif(not CAN_BUILD, reason="the emulator is not built")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bugs_are_caught(name, tmp_path):
-    change = (KERNELS, *MUTANTS[name], "patch_merge_cuda.cu")
+    change = (*MUTANTS[name], "patch_merge_cuda.cu")
     done = run_mutant("patch_merge", change, CHECK, tmp_path)
     assert (done.returncode == 0) == (name == "none"), done.stdout[-2000:] + done.stderr[-2000:]

@@ -1,14 +1,13 @@
 """window_attention's sm_80 kernels, forced: values, refusals, and what nvcc made of them."""
 
 import pytest
-import torch
-from compiled_code import disassembler, sass
+from compiled_code import counts, disassembler, sass
 from native_build import NVCC, ROOT
-from problems import DTYPE_IDS, check, output_gradients
+from problems import DTYPE_IDS, check, check_repeats
 from window_attention_problems import window_problem
 
 from vitkernels import testing
-from vitkernels.testing import assert_bitwise_equal, available_for, grads_of
+from vitkernels.testing import available_for
 
 FP32, BF16, FP16 = DTYPE_IDS
 
@@ -52,21 +51,7 @@ def test_windows(window, shift, dtype, options):
 
 
 def test_repeats_are_bitwise_equal_and_unwanted_gradients_change_nothing():
-    problem = window_problem(7, 3, BF16, D=32, B=1)
-    tensors = list(problem.inputs.values())
-    with torch.no_grad():
-        grads = output_gradients(problem, testing.as_tuple(problem.ours("cuda")(*tensors)))
-    first = sum(grads_of(problem.ours("cuda"), tensors, grads), ())
-    assert_bitwise_equal(sum(grads_of(problem.ours("cuda"), tensors, grads), ()), first)
-    for wanted in (["qkv"], ["bias_table"]):
-        leaves = [
-            t.detach().requires_grad_(n in wanted)
-            for n, t in zip(problem.inputs, tensors, strict=True)
-        ]
-        problem.ours("cuda")(*leaves).backward(grads[0])
-        for leaf, full in zip(leaves, first[1:], strict=True):
-            if leaf.grad is not None:
-                assert_bitwise_equal(leaf.grad, full)
+    check_repeats(window_problem(7, 3, BF16, D=32, B=1), "cuda")
 
 
 @pytest.mark.parametrize(
@@ -100,5 +85,5 @@ def test_instructions_are_those_of_the_plan(part, arch):
     code = sass(ROOT / "build/native/inplace/obj" / name, arch)
     for variant in ("1,32,0", "1,32,1", "2,32,0", "2,32,1"):  # bf16, fp16; without, with cosines
         lines = code[f"{kernel}_kernel<{variant}>"]
-        counts = {word: sum(word in line for line in lines) for word in ("HMMA", "LDGSTS", "LDL")}
-        assert counts == {"HMMA": products, "LDGSTS": copies, "LDL": 0}
+        planned = {"HMMA": products, "LDGSTS": copies, "LDL": 0}
+        assert counts(lines, planned) == planned

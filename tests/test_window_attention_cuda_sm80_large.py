@@ -7,11 +7,11 @@ import pytest
 import torch
 from compiled_code import disassembler, sass
 from native_build import NVCC, ROOT
-from problems import DTYPE_IDS, check, output_gradients
+from problems import DTYPE_IDS, check, check_repeats, output_gradients
 from window_attention_problems import window_problem
 
 from vitkernels import _native, testing
-from vitkernels.testing import assert_bitwise_equal, available_for, grads_of, same_specials
+from vitkernels.testing import available_for, grads_of, same_specials
 
 FP32, BF16, FP16 = DTYPE_IDS
 PLANS = _native.build_facts()
@@ -64,20 +64,7 @@ def test_repeats_are_bitwise_equal_and_unwanted_gradients_change_nothing(window,
     problem = window_problem(
         window, window // 2, BF16, D=32, B=1, windows=(1, 2), heads=1, cosine=cosine
     )
-    tensors = list(problem.inputs.values())
-    with torch.no_grad():
-        grads = output_gradients(problem, testing.as_tuple(problem.ours("cuda")(*tensors)))
-    first = sum(grads_of(problem.ours("cuda"), tensors, grads), ())
-    assert_bitwise_equal(sum(grads_of(problem.ours("cuda"), tensors, grads), ()), first)
-    for wanted in problem.inputs:
-        leaves = [
-            t.detach().requires_grad_(n == wanted)
-            for n, t in zip(problem.inputs, tensors, strict=True)
-        ]
-        problem.ours("cuda")(*leaves).backward(grads[0])
-        for leaf, full in zip(leaves, first[1:], strict=True):
-            if leaf.grad is not None:
-                assert_bitwise_equal(leaf.grad, full)
+    check_repeats(problem, "cuda")
 
 
 @needs_cuda

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from compiled_code import disassembler, sass
+from compiled_code import counts, disassembler, sass
 from native_build import NVCC, ROOT
-from problems import DTYPE_IDS, check, output_gradients
+from problems import DTYPE_IDS, check, check_repeats, output_gradients
 from window_attention_problems import relative_position_index, window_problem
 
 from vitkernels import _native, testing
-from vitkernels.testing import assert_bitwise_equal, available_for, grads_of, same_specials
+from vitkernels.testing import available_for, grads_of, same_specials
 
 FP32, BF16, FP16 = DTYPE_IDS
 NAN, INF = math.nan, math.inf
@@ -92,21 +92,7 @@ def test_the_gradient_of_a_sum():
 
 @needs_cuda
 def test_repeats_are_bitwise_equal_and_unwanted_gradients_change_nothing():
-    problem = window_problem(7, 3, BF16, D=32, B=1, cosine=True, heads=2)
-    tensors = list(problem.inputs.values())
-    outputs, grads = run(problem)
-    assert_bitwise_equal(sum(run(problem), ()), outputs + grads)
-    incoming = output_gradients(problem, outputs)
-    for wanted in (["qkv"], ["bias_table"], ["logit_scale"]):
-        leaves = [
-            t.detach().requires_grad_(n in wanted)
-            for n, t in zip(problem.inputs, tensors, strict=True)
-        ]
-        problem.ours("cuda")(*leaves).backward(incoming[0])
-        assert [leaf.grad is not None for leaf in leaves] == [n in wanted for n in problem.inputs]
-        for leaf, full in zip(leaves, grads, strict=True):
-            if leaf.grad is not None:
-                assert_bitwise_equal(leaf.grad, full)
+    check_repeats(window_problem(7, 3, BF16, D=32, B=1, cosine=True, heads=2), "cuda")
 
 
 # ---- Special values
@@ -285,8 +271,7 @@ def test_instructions_are_those_of_the_plan(part):
         for keys in (56, 64):
             for cosine in (0, 1):
                 lines = code[f"{kernel}_kernel<{dtype},32,{keys},{cosine}>"]
-                counts = {word: sum(word in line for line in lines) for word in planned}
-                assert counts == planned
+                assert counts(lines, planned) == planned
                 scores = [line for line in lines if f"HGMMA.64x{keys}x16" in line]
                 assert len(scores) == (2 if kernel == "forward" else 4)
                 assert sum("MUFU.EX2" in line for line in lines) == keys // 2 + 1  # and the factor

@@ -1,9 +1,7 @@
-// The backward kernel of add_layer_norm and layer_norm_add, and the kernel that adds up its blocks'
-// sums. add_layer_norm_cuda.cu has the map.
+// The backward kernel of add_layer_norm and layer_norm_add. add_layer_norm_cuda.cu has the map.
 #pragma once
 
 #include "add_layer_norm/add_layer_norm_rows.cuh"
-#include "common/dependent_launch.cuh"
 
 namespace vitkernels {
 namespace {
@@ -32,26 +30,6 @@ VK_DEVICE void load_xhat_dy(const BackwardArgs& a, const Rows& rows, int rank, i
     }
   }
 }
-
-// The block's sums over its rows. In registers where a thread has all its columns there, else in
-// its part of `partial`.
-template <int CHUNKS, bool VEC>
-struct ColumnSums {
-  static constexpr int HELD = CHUNKS == 0 ? 1 : CHUNKS;
-  float held[HELD][8] = {};
-
-  VK_DEVICE void add(int i, const Columns<VEC>& columns, const float (&v)[8], float* partial,
-                     bool first_row) {
-    if constexpr (CHUNKS > 0) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) held[i][j] += v[j];
-    } else if (partial != nullptr) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        if (columns.holds(j)) partial[columns[j]] = first_row ? v[j] : partial[columns[j]] + v[j];
-    }
-  }
-};
 
 constexpr Pass backward_pass(bool dgamma) {
   return dgamma ? Pass::kBackwardGamma : Pass::kBackward;
@@ -191,94 +169,12 @@ __global__ void __launch_bounds__(kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.threads
   let_next_grid_begin();
 
   if (a.partial == nullptr || CHUNKS == 0) return;
-  constexpr int SUMS = DGAMMA ? 3 : 2;
-  if constexpr (BLOCK) {
-    const auto write = [&](int which, const auto& sums) {
-#pragma unroll
-      for (int i = 0; i < HELD; ++i) {
-        const Columns<VEC> columns(i, team.rank, team.size, a.C);
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-          if (columns.holds(j)) sums_of(which)[columns[j]] = sums.held[i][j];
-      }
-    };
-    write(0, dweight);
-    write(1, dbias);
-    if constexpr (DGAMMA) write(2, dgamma);
-  } else {
-    // Teams of a warp first, by shuffles; then warp after warp adds its sums to those in shared
-    // memory.
-    float* block_sums = after_parameters;
-    if constexpr (RING) __syncthreads();  // where rows were, which other warps may still read
-    const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
-    [[maybe_unused]] const auto over_teams = [&](auto& sums) {
-      for (int distance = team.size; distance < kWarp; distance *= 2) {
-#pragma unroll
-        for (int i = 0; i < HELD; ++i)
-#pragma unroll
-          for (int j = 0; j < 8; ++j)
-            sums.held[i][j] += __shfl_xor_sync(kAllLanes, sums.held[i][j], distance);
-      }
-    };
-    if constexpr (kLanes<TYPES, BLOCK, CHUNKS> == 0) {
-      over_teams(dweight);
-      over_teams(dbias);
-      if constexpr (DGAMMA) over_teams(dgamma);
-    }
-    for (int warp = 0; warp < warps; ++warp) {
-      if (thread / kWarp == warp && team.offset == 0) {
-#pragma unroll
-        for (int i = 0; i < HELD; ++i) {
-          const Columns<VEC> columns(i, team.rank, team.size, a.C);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            if (!columns.holds(j)) continue;
-            float* sums = block_sums + columns[j];
-            sums[0] = (warp == 0 ? 0.0f : sums[0]) + dweight.held[i][j];
-            sums[a.C] = (warp == 0 ? 0.0f : sums[a.C]) + dbias.held[i][j];
-            if constexpr (DGAMMA)
-              sums[2 * a.C] = (warp == 0 ? 0.0f : sums[2 * a.C]) + dgamma.held[i][j];
-          }
-        }
-      }
-      __syncthreads();
-    }
-    for (int which = 0; which < SUMS; ++which)
-      for (int c = thread; c < a.C; c += static_cast<int>(blockDim.x))
-        sums_of(which)[c] = block_sums[which * a.C + c];
-  }
-}
-
-// ---- The sums over blocks: 32 columns a block, 16 threads a column, each every 16th partial sum,
-// then a fixed order.
-
-constexpr int kFinishRows = 16;
-
-struct FinishArgs {
-  const float* partial;
-  Parameter out[3];  // dweight, dbias, dgamma
-  int64_t blocks[3];
-  int64_t stride;  // partial sums of one kind: blocks x C
-  int C;
-};
-
-__global__ void __launch_bounds__(kWarp* kFinishRows)
-    finish_kernel(const __grid_constant__ FinishArgs a) {
-  check_launch_bounds<kWarp * kFinishRows>();
-  VK_SHARED(float, sums, [kFinishRows][kWarp]);
-  const int which = static_cast<int>(blockIdx.y), x = static_cast<int>(threadIdx.x),
-            y = static_cast<int>(threadIdx.y);
-  const int c = static_cast<int>(blockIdx.x) * kWarp + x;
-  wait_for_grid_before();
-  float sum = 0.0f;
-  if (a.out[which].data != nullptr && c < a.C)
-    for (int64_t block = y; block < a.blocks[which]; block += kFinishRows)
-      sum += a.partial[which * a.stride + block * a.C + c];
-  sums[y][x] = sum;
-  __syncthreads();
-  if (y != 0 || c >= a.C || a.out[which].data == nullptr) return;
-  for (int i = 1; i < kFinishRows; ++i) sum += sums[i][x];
-  store_scalar(const_cast<void*>(a.out[which].data), a.out[which].dtype, c, sum);
+  if constexpr (RING && !BLOCK) __syncthreads();  // where rows were, which warps may still read
+  constexpr bool kWarpTeams = kLanes<TYPES, BLOCK, CHUNKS> == kWarp;
+  if constexpr (DGAMMA)
+    write_sums<BLOCK, kWarpTeams>(team, a.C, after_parameters, sums_of, dweight, dbias, dgamma);
+  else
+    write_sums<BLOCK, kWarpTeams>(team, a.C, after_parameters, sums_of, dweight, dbias);
 }
 
 }  // namespace

@@ -292,7 +292,7 @@ void launch_backward(Device& device, Operands& operands, BackwardArgs& a, const 
     a.partial = static_cast<float*>(scratch->mutable_data_ptr());
     finish.partial = a.partial;
     finish.stride = p.blocks * a.C;
-    finish.C = a.C;
+    finish.columns = a.C;
   }
   const BackwardKernel kernel = gradients[2].has_value() ? backward_instance<true>(p, types)
                                                          : backward_instance<false>(p, types);

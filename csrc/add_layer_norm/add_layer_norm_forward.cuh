@@ -105,25 +105,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<TYPES, BLOCK, CHUNKS>
       }
     };
 
-    float sum[1] = {0.0f};
-    pass([&](int i, const Columns<VEC>&) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) sum[0] += z[i][j];
-    });
-    team.sum(sum);
-    const float mean = sum[0] / C;
-
-    float squares[1] = {0.0f};
-    pass([&](int i, const Columns<VEC>& columns) {
-      if (VEC && !columns.holds(0)) return;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float d = VEC || columns.holds(j) ? z[i][j] - mean : 0.0f;
-        squares[0] += d * d;
-      }
-    });
-    team.sum(squares);
-    const float rstd = 1.0f / sqrtf(squares[0] / C + a.eps);
+    const Statistics of_row = statistics<VEC>(team, z, C, a.eps, pass);
+    const float mean = of_row.mean, rstd = of_row.rstd;
     if (team.rank == 0 && row.length > 0) {
       a.mean[row.index] = mean;
       a.rstd[row.index] = rstd;

@@ -1,11 +1,11 @@
-// What the kernels of add_layer_norm share: arguments, dtypes, the threads of a row, and where rows
-// and parameters come from. add_layer_norm_cuda.cu has the map.
+// What the kernels of add_layer_norm share besides common/layer_norm_rows.cuh: arguments, dtypes,
+// and where rows come from. add_layer_norm_cuda.cu has the map.
 #pragma once
 
 #include <utility>
 
 #include "add_layer_norm/add_layer_norm_plan.h"
-#include "common/device.cuh"
+#include "common/layer_norm_rows.cuh"
 #include "common/row_ring.cuh"
 
 namespace vitkernels {
@@ -22,11 +22,6 @@ enum class Form { kAddNorm, kNormAdd };
 struct RowsView {  // (rows, C) with unit column stride; null data: absent
   const void* data;
   int64_t stride;
-  DType dtype;
-};
-
-struct Parameter {  // (C,); null data: absent
-  const void* data;
   DType dtype;
 };
 
@@ -99,49 +94,6 @@ __host__ __device__ __forceinline__ void set_types(BackwardArgs& a, DType branch
 
 // ---- What both directions share
 
-// The threads that have a row: some lanes of a warp (LANES, or the argument where that is 0), or
-// the block.
-template <bool BLOCK, int LANES>
-struct Team {
-  int rank, size;
-  int64_t first, step;  // row of the warp's (block's) first team, and from there to its next one
-  int offset;           // of this team from the first
-  float* partial;       // shared: two buffers of 2 x 32 floats, used in turn
-  int turn = 0;
-
-  VK_DEVICE Team(int lanes_argument, float* partial) : partial(partial) {
-    const int lanes = LANES == 0 ? lanes_argument : LANES;
-    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    if constexpr (BLOCK) {
-      rank = thread, size = threads, first = blockIdx.x, step = gridDim.x, offset = 0;
-    } else {
-      const int teams = threads / lanes;
-      rank = thread % lanes, size = lanes, offset = thread % kWarp / lanes;
-      first = static_cast<int64_t>(blockIdx.x) * teams + thread / kWarp * (kWarp / lanes);
-      step = static_cast<int64_t>(gridDim.x) * teams;
-    }
-  }
-
-  // Chunk `chunk` of a row of `length` columns. Of CHUNKS chunks that a row needs, all but the last
-  // are whole wherever a row belongs to whole warps.
-  template <bool VEC, int CHUNKS>
-  VK_DEVICE Columns<VEC> columns(int chunk, int length) const {
-    Columns<VEC> c(chunk, rank, size, length);
-    c.whole = (BLOCK || LANES > 0) && chunk + 1 < CHUNKS;
-    return c;
-  }
-
-  template <int N>
-  VK_DEVICE void sum(float (&v)[N]) {
-    if constexpr (BLOCK) {
-      sum_over_block(v, partial + turn * 2 * kWarp);
-      turn ^= 1;
-    } else {
-      sum_over_lanes(v, LANES == 0 ? size : LANES);
-    }
-  }
-};
-
 // row_scale of a row's sample; 0 past the last row.
 template <class Args>
 VK_DEVICE float scale_of(const Args& a, int64_t row) {
@@ -165,17 +117,6 @@ struct Row {
 template <bool VEC>
 VK_DEVICE Raw8 load_row(const RowsView& rows, const Row& row, const Columns<VEC>& columns) {
   return load_raw(element(rows.data, row.index * rows.stride, rows.dtype), rows.dtype, columns);
-}
-
-template <bool VEC>
-VK_DEVICE void load_parameter(const Parameter& p, const Columns<VEC>& columns, float absent,
-                              float (&v)[8]) {
-  if (p.data != nullptr) {
-    to_floats(load_raw<VEC, true>(p.data, p.dtype, columns), p.dtype, v);
-  } else {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = absent;
-  }
 }
 
 // In the warp's instances of several chunks a row has the whole warp.
@@ -249,7 +190,7 @@ struct BackwardReads {  // z, dz, dy and x
   static constexpr bool of_branch(int s) { return s >= 2; }
 };
 
-// ---- Where rows and parameters come from
+// ---- Where rows come from
 
 // Memory, when they are asked for: any type, any alignment.
 template <class Reads, class Team, bool VEC>
@@ -403,39 +344,6 @@ class RingRows {
   int64_t ahead_;  // the row that is begun next, its sample and its place there
   int64_t sample_ = 0, rest_ = 0;
   float ahead_scale_;
-};
-
-// Parameters of all rows as fp32 in shared memory, `padded` columns each: eight neighbours are two
-// pieces of four, the first ones before all second ones, so that lanes' 16-byte loads follow each
-// other. An absent parameter, and the columns past C, hold `absent`.
-class SharedParameters {
- public:
-  VK_DEVICE SharedParameters(float* shared, int padded) : shared_(shared), padded_(padded) {}
-
-  VK_DEVICE int padded() const { return padded_; }
-  VK_DEVICE void fill(int which, const Parameter& p, int C, float absent) const {
-    for (int c = static_cast<int>(threadIdx.x); c < padded_; c += static_cast<int>(blockDim.x)) {
-      float v[8] = {absent};
-      if (p.data != nullptr && c < C) {
-        const Columns<false> one(0, c, padded_, c + 1);
-        to_floats(load_raw<false>(p.data, p.dtype, one), p.dtype, v);
-      }
-      shared_[which * padded_ + c % 8 / 4 * (padded_ / 2) + c / 8 * 4 + c % 4] = v[0];
-    }
-  }
-  VK_DEVICE void load(int which, const Columns<true>& columns, float (&v)[8]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 four = *reinterpret_cast<const uint4*>(shared_ + which * padded_ +
-                                                         half * (padded_ / 2) + columns.first / 2);
-      v[4 * half] = bits_to_float(four.x), v[4 * half + 1] = bits_to_float(four.y);
-      v[4 * half + 2] = bits_to_float(four.z), v[4 * half + 3] = bits_to_float(four.w);
-    }
-  }
-
- private:
-  float* shared_;
-  int padded_;
 };
 
 }  // namespace

@@ -26,12 +26,6 @@ constexpr float kInf = INFINITY;
 VK_DEVICE int thread_y() { return static_cast<int>(threadIdx.x) / kLanesOfRow; }
 VK_DEVICE int thread_x() { return static_cast<int>(threadIdx.x) % kLanesOfRow; }
 
-VK_DEVICE float load_scalar(const void* data, DType dtype, int64_t index) {
-  if (is_wide(dtype)) return static_cast<const float*>(data)[index];
-  const uint32_t bits = static_cast<const uint16_t*>(data)[index];
-  return dtype == DType::kBF16 ? bits_to_float(bits << 16) : unpack_f16_low(bits);
-}
-
 VK_DEVICE float4 read_4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 
 // Up to 64 rows of one head.

@@ -102,18 +102,6 @@ VK_DEVICE void begin_rows(char* tile, const Rows& a, int first, int count, int D
   }
 }
 
-template <DType TYPE>
-VK_DEVICE uint32_t pack(float low, float high) {
-  return TYPE == DType::kBF16 ? pack_bf16(low, high) : pack_f16(low, high);
-}
-
-template <DType TYPE>
-VK_DEVICE float2 unpack(uint32_t pair) {
-  if (TYPE == DType::kBF16)
-    return make_float2(bits_to_float(pair << 16), bits_to_float(pair & 0xffff0000u));
-  return make_float2(unpack_f16_low(pair), unpack_f16_high(pair));
-}
-
 // Word i of lane j of a quad becomes word j of lane i.
 VK_DEVICE void transpose_in_quad(uint32_t (&w)[4]) {
 #pragma unroll

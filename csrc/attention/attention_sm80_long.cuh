@@ -105,9 +105,8 @@ VK_DEVICE void round_rows(FragmentA (&a)[M][COUNT / 2], const FragmentC (&c)[M][
 #pragma unroll
     for (int k = 0; k < COUNT; k += 2) {
       const FragmentC &low = c[m][k], &high = c[m][k + 1];
-      a[m][k / 2] = {{sm80::pack<TYPE>(low.v[0], low.v[1]), sm80::pack<TYPE>(low.v[2], low.v[3]),
-                      sm80::pack<TYPE>(high.v[0], high.v[1]),
-                      sm80::pack<TYPE>(high.v[2], high.v[3])}};
+      a[m][k / 2] = {{pack<TYPE>(low.v[0], low.v[1]), pack<TYPE>(low.v[2], low.v[3]),
+                      pack<TYPE>(high.v[0], high.v[1]), pack<TYPE>(high.v[2], high.v[3])}};
     }
 }
 

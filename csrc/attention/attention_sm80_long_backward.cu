@@ -35,7 +35,7 @@ VK_DEVICE float dot_8(const uint4& x, const uint4& y) {
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 p = sm80::unpack<TYPE>(xs[i]), q = sm80::unpack<TYPE>(ys[i]);
+    const float2 p = unpack<TYPE>(xs[i]), q = unpack<TYPE>(ys[i]);
     sum = fmaf(p.x, q.x, fmaf(p.y, q.y, sum));
   }
   return sum;

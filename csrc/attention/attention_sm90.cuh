@@ -90,11 +90,6 @@ struct Ring {
   }
 };
 
-template <DType TYPE>
-VK_DEVICE uint32_t pack(float low, float high) {
-  return TYPE == DType::kBF16 ? pack_bf16(low, high) : pack_f16(low, high);
-}
-
 // ---- Products of a warpgroup
 
 // 64 rows of the result, as one product or two: width 128 is one of 128 columns.

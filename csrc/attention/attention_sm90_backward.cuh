@@ -21,18 +21,6 @@ constexpr float kLog2e = 1.44269504088896340736f;
 constexpr int kWarpgroup = 128;
 constexpr uint32_t kMasked = 0x8000;  // the sign of a probability in 16 bits: masked by the bias
 
-template <DType TYPE>
-VK_DEVICE uint32_t pack(float low, float high) {
-  return TYPE == DType::kBF16 ? pack_bf16(low, high) : pack_f16(low, high);
-}
-
-template <DType TYPE>
-VK_DEVICE float2 unpack(uint32_t pair) {
-  if (TYPE == DType::kBF16)
-    return make_float2(bits_to_float(pair << 16), bits_to_float(pair & 0xffff0000u));
-  return make_float2(unpack_f16_low(pair), unpack_f16_high(pair));
-}
-
 VK_DEVICE float load_float(const float* from) { return *from; }
 VK_DEVICE float load_float(const BF16* from) { return bits_to_float(uint32_t{from->bits} << 16); }
 VK_DEVICE float load_float(const F16* from) { return unpack_f16_low(from->bits); }

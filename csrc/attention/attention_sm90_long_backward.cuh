@@ -35,14 +35,7 @@ VK_DEVICE void add_float_bias(float (&s)[C], const Args& a, Head head, float by,
     const Place place = at(i);
     if (place.query >= a.Nq || place.key >= a.Nk) continue;  // zero anyhow
     const int64_t index = start + place.query * a.bias.row + place.key * a.bias.column;
-    float x;
-    if (is_wide(a.bias.dtype)) {
-      x = static_cast<const float*>(a.bias.data)[index];
-    } else {
-      const uint32_t bits = static_cast<const uint16_t*>(a.bias.data)[index];
-      x = a.bias.dtype == DType::kBF16 ? bits_to_float(bits << 16) : unpack_f16_low(bits);
-    }
-    s[i] = fmaf(s[i], by, x * kLog2e);
+    s[i] = fmaf(s[i], by, load_scalar(a.bias.data, a.bias.dtype, index) * kLog2e);
   }
 }
 

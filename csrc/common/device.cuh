@@ -150,12 +150,39 @@ VK_DEVICE void store(void* row, DType dtype, const Columns<VEC>& columns, const 
   }
 }
 
+// ---- One element, and pairs of 16-bit ones, low half first
+
+VK_DEVICE float load_scalar(const void* data, DType dtype, int64_t index) {
+  if (is_wide(dtype)) return static_cast<const float*>(data)[index];
+  const uint32_t bits = static_cast<const uint16_t*>(data)[index];
+  return dtype == DType::kBF16 ? bits_to_float(bits << 16) : unpack_f16_low(bits);
+}
+
 VK_DEVICE void store_scalar(void* data, DType dtype, int64_t index, float value) {
   if (is_wide(dtype))
     static_cast<float*>(data)[index] = value;
   else
     static_cast<uint16_t*>(data)[index] = static_cast<uint16_t>(
         dtype == DType::kBF16 ? pack_bf16(value, 0.0f) : pack_f16(value, 0.0f));
+}
+
+// What store_scalar would keep of it.
+VK_DEVICE float rounded(float value, DType dtype) {
+  if (is_wide(dtype)) return value;
+  return dtype == DType::kBF16 ? bits_to_float(pack_bf16(value, 0.0f) << 16)
+                               : unpack_f16_low(pack_f16(value, 0.0f));
+}
+
+template <DType TYPE>
+VK_DEVICE uint32_t pack(float low, float high) {
+  return TYPE == DType::kBF16 ? pack_bf16(low, high) : pack_f16(low, high);
+}
+
+template <DType TYPE>
+VK_DEVICE float2 unpack(uint32_t pair) {
+  if (TYPE == DType::kBF16)
+    return make_float2(bits_to_float(pair << 16), bits_to_float(pair & 0xffff0000u));
+  return make_float2(unpack_f16_low(pair), unpack_f16_high(pair));
 }
 
 // ---- Reductions. Their order is fixed, so the same inputs give the same bits.

@@ -314,15 +314,8 @@ VK_DEVICE float class_head(Team<BLOCK>& team, const Row<VEC, CHUNKS>& x, const R
   if (soft) {
     mass = hit * sums[2] + smoothing;
   } else {
-    float at_id = NAN;
-    if (valid) {
-      const char* const begin = row_of(x.head, x.row, x.head.stride);
-      at_id = is_wide(x.head.dtype) ? reinterpret_cast<const float*>(begin)[id]
-              : x.head.dtype == DType::kBF16
-                  ? bits_to_float(
-                        static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(begin)[id]) << 16)
-                  : unpack_f16_low(reinterpret_cast<const uint16_t*>(begin)[id]);
-    }
+    const float at_id =
+        valid ? load_scalar(x.head.data, x.head.dtype, x.row * x.head.stride + id) : NAN;
     sums[1] = at_id - base;
   }
   float loss = mass * logf(sums[0]) - spread * sums[3];

@@ -47,20 +47,8 @@ VK_DEVICE float derivative(float h, Activation activation) {
   return 1.0f;
 }
 
-VK_DEVICE float value_at(const void* data, DType dtype, int64_t index) {
-  if (dtype == DType::kF32) return static_cast<const float*>(data)[index];
-  const uint32_t bits = static_cast<const uint16_t*>(data)[index];
-  return dtype == DType::kBF16 ? bits_to_float(bits << 16) : unpack_f16_low(bits);
-}
-
-VK_DEVICE float rounded(float value, DType dtype) {
-  if (dtype == DType::kF32) return value;
-  return dtype == DType::kBF16 ? bits_to_float(pack_bf16(value, 0.0f) << 16)
-                               : unpack_f16_low(pack_f16(value, 0.0f));
-}
-
 VK_DEVICE float bias_at(const ProductArgs& a, int column) {
-  return a.bias == nullptr || column >= a.N ? 0.0f : value_at(a.bias, a.bias_dtype, column);
+  return a.bias == nullptr || column >= a.N ? 0.0f : load_scalar(a.bias, a.bias_dtype, column);
 }
 
 }  // namespace vitkernels::linear_gelu

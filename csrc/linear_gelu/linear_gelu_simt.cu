@@ -44,7 +44,7 @@ struct Loader {
     for (int i = 0; i < kEach; ++i) {
       const int64_t r = first + row(i), at = from_k + k(i);
       const int64_t index = MAJOR == Major::kK ? r * matrix.stride + at : at * matrix.stride + r;
-      v[i] = r < size && at < K ? rounded(value_at(matrix.data, matrix.dtype, index), dtype) : 0.0f;
+      v[i] = r < size && at < K ? rounded(load_scalar(matrix.data, matrix.dtype, index), dtype) : 0.0f;
     }
   }
   VK_DEVICE void store(float* shared, const float (&v)[kEach]) const {
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads)
   if (at >= rows * columns) return;
   const int64_t row = divide(at, columns);
   store_scalar(out.data, out.dtype, at,
-               value_at(in.data, in.dtype, row * in.stride + at - row * columns));
+               load_scalar(in.data, in.dtype, row * in.stride + at - row * columns));
 }
 
 bool on_lines(const void* data, int64_t stride, DType dtype) {

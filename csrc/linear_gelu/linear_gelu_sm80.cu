@@ -75,11 +75,6 @@ VK_DEVICE void load_b(FragmentB (&b)[2], const char* stage, int column, int k) {
   b[0] = {{r[0], r[1]}}, b[1] = {{r[2], r[3]}};
 }
 
-template <DType TYPE>
-VK_DEVICE uint32_t pack(float low, float high) {
-  return TYPE == DType::kBF16 ? pack_bf16(low, high) : pack_f16(low, high);
-}
-
 // What a block of a kernel is: SMALL has the small tile.
 template <bool SMALL>
 struct Shape {

@@ -93,11 +93,6 @@ VK_DEVICE WgmmaOperand operand(const char* stage, int step) {
     return wgmma_operand<Swizzle::k128>(stage + step * 16 * 128, kPanel, 1024);
 }
 
-template <DType TYPE>
-VK_DEVICE uint32_t pack(float low, float high) {
-  return TYPE == DType::kBF16 ? pack_bf16(low, high) : pack_f16(low, high);
-}
-
 // The results of a warpgroup in its own shared memory: two panels of 64 columns, rows of 128 bytes.
 template <DType TYPE>
 VK_DEVICE void stage_results(char* results, const float (&c)[kColumns / 2], int half) {

@@ -65,11 +65,6 @@ inline Padded padded(const Args& a, int step) {
   return padded(a.C, a.pixels(), a.mean != nullptr || a.std != nullptr, step);
 }
 
-template <DType TYPE>
-VK_DEVICE uint32_t pack(float low, float high) {
-  return TYPE == DType::kBF16 ? pack_bf16(low, high) : pack_f16(low, high);
-}
-
 // Where each padded column lies, from its patch's first pixel; -1 for padding. Whole block.
 VK_DEVICE void write_places(const Args& a, const Padded& columns, int* places) {
   for (int i = static_cast<int>(threadIdx.x); i < columns.columns();

@@ -6,12 +6,6 @@
 
 namespace vitkernels::patch_embed {
 
-VK_DEVICE float load_scalar(const void* data, DType dtype, int64_t i) {
-  if (is_wide(dtype)) return static_cast<const float*>(data)[i];
-  const uint32_t bits = static_cast<const uint16_t*>(data)[i];
-  return dtype == DType::kBF16 ? bits_to_float(bits << 16) : unpack_f16_low(bits);
-}
-
 VK_DEVICE float load_pixel(const ImageView& images, int64_t i) {
   return images.bytes ? static_cast<float>(static_cast<const uint8_t*>(images.data)[i])
                       : load_scalar(images.data, images.dtype, i);

@@ -232,10 +232,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = lane; i < columns.length; i += kWarp) {
         const int64_t at = d * a.columns() + segment * columns.used + i;
         float w = i < columns.used ? load_scalar(a.weight.data, a.weight.dtype, at) : 0.0f;
-        if (!is_wide(a.dtype)) {
-          const uint32_t bits = a.dtype == DType::kBF16 ? pack_bf16(w, 0.0f) : pack_f16(w, 0.0f);
-          w = a.dtype == DType::kBF16 ? bits_to_float(bits << 16) : unpack_f16_low(bits);
-        }
+        w = rounded(w, a.dtype);
         if (packed != nullptr)
           store_scalar(packed, a.dtype, d * columns.columns() + segment * columns.length + i, w);
         if (with_rest) sum[0] = fmaf(by, w, sum[0]);

@@ -228,8 +228,9 @@ std::tuple<OptTensor, OptTensor, OptTensor> patch_merge_layer_norm_bwd(
     scratch = empty_like_shape(x, {2, p.blocks, operands.columns()}, ScalarType::Float);
     a.partial = static_cast<float*>(scratch->mutable_data_ptr());
     finish.partial = a.partial;
-    finish.blocks = p.blocks;
-    finish.length = static_cast<int>(operands.columns());
+    finish.blocks[0] = finish.blocks[1] = p.blocks;
+    finish.stride = p.blocks * operands.columns();
+    finish.columns = static_cast<int>(operands.columns());
   }
   if (p.blocks > 0 && (sums || output_mask[0]))
     device.launch(backward_instance(p, widths), dim3(static_cast<unsigned>(p.blocks)),

@@ -18,7 +18,7 @@
 //   bf16), where the memory's time has room for 660 and 990.
 #pragma once
 
-#include "common/device.cuh"
+#include "common/layer_norm_rows.cuh"
 #include "patch_merge/patch_merge_plan.h"
 
 namespace vitkernels {
@@ -36,11 +36,6 @@ struct MapView {  // (B, H, W, C) with unit channel stride; null data: absent
 struct RowsView {  // (rows, 4 C) with unit column stride
   void* data;
   int64_t stride;
-  DType dtype;
-};
-
-struct Parameter {  // (4 C,); null data: absent
-  const void* data;
   DType dtype;
 };
 
@@ -84,38 +79,6 @@ __host__ __device__ __forceinline__ void set_widths(Args& a) {
 }
 
 // ---- Rows and their pixels
-
-// The threads that have a row: some lanes of a warp, or the block.
-template <bool BLOCK>
-struct Team {
-  int rank, size;
-  int64_t first, step;  // row of the warp's (block's) first team, and from there to its next one
-  int offset;           // of this team from the first
-  float* partial;       // shared: two buffers of 2 x 32 floats, used in turn
-  int turn = 0;
-
-  VK_DEVICE Team(int lanes, float* partial) : partial(partial) {
-    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    if constexpr (BLOCK) {
-      rank = thread, size = threads, first = blockIdx.x, step = gridDim.x, offset = 0;
-    } else {
-      const int teams = threads / lanes;
-      rank = thread % lanes, size = lanes, offset = thread % kWarp / lanes;
-      first = static_cast<int64_t>(blockIdx.x) * teams + thread / kWarp * (kWarp / lanes);
-      step = static_cast<int64_t>(gridDim.x) * teams;
-    }
-  }
-
-  template <int N>
-  VK_DEVICE void sum(float (&v)[N]) {
-    if constexpr (BLOCK) {
-      sum_over_block(v, partial + turn * 2 * kWarp);
-      turn ^= 1;
-    } else {
-      sum_over_lanes(v, size);
-    }
-  }
-};
 
 // A row of the merged map and the rows `step` after it. A team past the last one goes on with rows
 // of length 0, so that its warp stays together.
@@ -177,12 +140,6 @@ struct Place {
   }
 };
 
-VK_DEVICE float load_one(const void* data, DType dtype, int64_t index) {
-  if (is_wide(dtype)) return static_cast<const float*>(data)[index];
-  const uint32_t bits = static_cast<const uint16_t*>(data)[index];
-  return dtype == DType::kBF16 ? bits_to_float(bits << 16) : unpack_f16_low(bits);
-}
-
 // N chunks of a row of the map, from chunk `first`.
 template <bool VEC, int N>
 VK_DEVICE void load_patch(const MapView& map, const Patch& patch, int C, int rank, int size,
@@ -206,7 +163,7 @@ VK_DEVICE void load_patch(const MapView& map, const Patch& patch, int C, int ran
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const Place place(map, columns[j], C);
-        z[i][j] = place.is_in(patch) ? load_one(data, map.dtype, corner + place.offset) : 0.0f;
+        z[i][j] = place.is_in(patch) ? load_scalar(data, map.dtype, corner + place.offset) : 0.0f;
       }
     }
   }
@@ -234,43 +191,17 @@ VK_DEVICE Raw8 load_row(const RowsView& rows, const Patch& patch, const Columns<
   return load_raw(element(data, patch.row * rows.stride, rows.dtype), rows.dtype, columns);
 }
 
-template <bool VEC>
-VK_DEVICE void load_parameter(const Parameter& p, const Columns<VEC>& columns, float absent,
-                              float (&v)[8]) {
-  if (p.data != nullptr) {
-    to_floats(load_raw<VEC, true>(p.data, p.dtype, columns), p.dtype, v);
-  } else {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = absent;
-  }
+// Weight (0) and bias (1) of persistent blocks are in shared memory where a thread holds its
+// chunks: from global memory each row would ask for their dtype and convert them again. Lanes past
+// the last column read the first ones.
+template <bool SHARED, bool VEC>
+VK_DEVICE void load_parameter(const SharedParameters& shared, int which, const Parameter& p,
+                              float absent, const Columns<VEC>& columns, float (&v)[8]) {
+  if constexpr (SHARED)
+    shared.load(which, columns.holds(0) ? columns : Columns<true>(0, 0, 1, 8), v);
+  else
+    load_parameter(p, columns, absent, v);
 }
-
-// Weight or bias in fp32 in shared memory, filled once by all threads of a persistent block: from
-// global memory each row would ask for its dtype and convert it again. Its floats lie in two
-// halves, those of columns 8 e .. 8 e + 3 and the others, so that lanes read without bank
-// conflicts.
-struct SharedParameter {
-  float* data;
-  int eights;
-
-  VK_DEVICE SharedParameter(float* shared, const Parameter& p, float absent, int length)
-      : data(shared), eights(length / 8) {
-    for (int c = static_cast<int>(threadIdx.x); c < length; c += static_cast<int>(blockDim.x))
-      data[(c % 8 / 4 * eights + c / 8) * 4 + c % 4] =
-          p.data == nullptr ? absent : load_one(p.data, p.dtype, c);
-  }
-  VK_DEVICE void load(const Columns<true>& columns, float (&v)[8]) const {
-    const int eight = columns.holds(0) ? columns.first / 8 : 0;
-    Raw8 raw;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 four = *reinterpret_cast<const uint4*>(data + (half * eights + eight) * 4);
-      raw.w[4 * half] = four.x, raw.w[4 * half + 1] = four.y;
-      raw.w[4 * half + 2] = four.z, raw.w[4 * half + 3] = four.w;
-    }
-    to_floats(raw, DType::kF32, v);
-  }
-};
 
 // ---- Forward
 
@@ -290,12 +221,13 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<BLOCK, CHUNKS>)
   const int chunks = CHUNKS == 0 ? (length + 8 * team.size - 1) / (8 * team.size) : CHUNKS;
   const float width = static_cast<float>(length);
 
-  // With chunks in registers the parameters are in shared memory, length floats each.
   VK_DYNAMIC_SHARED(float, parameters);
-  [[maybe_unused]] const int kept = CHUNKS > 0 ? length : 0;
-  const SharedParameter weights(parameters, a.weight, 1.0f, kept),
-      biases(parameters + kept, a.bias, 0.0f, kept);
-  if constexpr (CHUNKS > 0) __syncthreads();
+  const SharedParameters shared(parameters, length);
+  if constexpr (CHUNKS > 0) {
+    shared.fill(0, a.weight, length, 1.0f);
+    shared.fill(1, a.bias, length, 0.0f);
+    __syncthreads();
+  }
 
   Patch patch(a.size, team.first + team.offset, team.step);
   for (int64_t first = team.first; first < a.size.rows;
@@ -316,25 +248,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<BLOCK, CHUNKS>)
       }
     };
 
-    float sum[1] = {0.0f};
-    pass([&](int i, const Columns<VEC>&) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) sum[0] += z[i][j];
-    });
-    team.sum(sum);
-    const float mean = sum[0] / width;
-
-    float squares[1] = {0.0f};
-    pass([&](int i, const Columns<VEC>& columns) {
-      if (VEC && !columns.holds(0)) return;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float d = VEC || columns.holds(j) ? z[i][j] - mean : 0.0f;
-        squares[0] += d * d;
-      }
-    });
-    team.sum(squares);
-    const float rstd = 1.0f / sqrtf(squares[0] / width + a.eps);
+    const Statistics of_row = statistics<VEC>(team, z, width, a.eps, pass);
+    const float mean = of_row.mean, rstd = of_row.rstd;
     if (team.rank == 0 && patch.length > 0) {
       a.mean[patch.row] = mean;
       a.rstd[patch.row] = rstd;
@@ -342,13 +257,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<BLOCK, CHUNKS>)
 
     pass([&](int i, const Columns<VEC>& columns) {
       float weight[8], bias[8], y[8];
-      if constexpr (CHUNKS > 0) {
-        weights.load(columns, weight);
-        biases.load(columns, bias);
-      } else {
-        load_parameter(a.weight, columns, 1.0f, weight);
-        load_parameter(a.bias, columns, 0.0f, bias);
-      }
+      load_parameter<(CHUNKS > 0)>(shared, 0, a.weight, 1.0f, columns, weight);
+      load_parameter<(CHUNKS > 0)>(shared, 1, a.bias, 0.0f, columns, bias);
 #pragma unroll
       for (int j = 0; j < 8; ++j) y[j] = (z[i][j] - mean) * rstd * weight[j] + bias[j];
       store(element(a.y.data, patch.row * a.y.stride, a.y.dtype), a.y.dtype, columns, y);
@@ -392,26 +302,6 @@ VK_DEVICE void prefetch_patch(const BackwardArgs& a, const Patch& patch, int ran
   }
 }
 
-// The block's sums over its rows. In registers where a thread has all its columns there, else in
-// its part of `partial`.
-template <int CHUNKS, bool VEC>
-struct ColumnSums {
-  static constexpr int HELD = CHUNKS == 0 ? 1 : CHUNKS;
-  float held[HELD][8] = {};
-
-  VK_DEVICE void add(int i, const Columns<VEC>& columns, const float (&v)[8], float* partial,
-                     bool first_row) {
-    if constexpr (CHUNKS > 0) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) held[i][j] += v[j];
-    } else if (partial != nullptr) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        if (columns.holds(j)) partial[columns[j]] = first_row ? v[j] : partial[columns[j]] + v[j];
-    }
-  }
-};
-
 template <bool BLOCK, int CHUNKS>
 constexpr int kBackwardBlocks = patch_merge::backward_blocks(BLOCK, CHUNKS);
 
@@ -436,9 +326,12 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<BLOCK, CHUNKS>)
   ColumnSums<CHUNKS, VEC> dweight, dbias;
 
   // Where chunks are in registers: the weight, length floats, then the sums of lanes' rows.
-  VK_DYNAMIC_SHARED(float, shared);
-  const SharedParameter weights(shared, a.weight, 1.0f, CHUNKS > 0 ? length : 0);
-  if constexpr (CHUNKS > 0) __syncthreads();
+  VK_DYNAMIC_SHARED(float, dynamic);
+  const SharedParameters shared(dynamic, length);
+  if constexpr (CHUNKS > 0) {
+    shared.fill(0, a.weight, length, 1.0f);
+    __syncthreads();
+  }
 
   Patch next(a.size, team.first + team.offset, team.step);
   for (int64_t first = team.first; first < a.size.rows; first += team.step) {
@@ -465,10 +358,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<BLOCK, CHUNKS>)
     float sums[2] = {0.0f, 0.0f};  // of weight * dy and weight * dy * xhat
     pass([&](int i, const Columns<VEC>& columns) {
       float products[8], weight[8];
-      if constexpr (CHUNKS > 0)
-        weights.load(columns, weight);
-      else
-        load_parameter(a.weight, columns, 1.0f, weight);
+      load_parameter<(CHUNKS > 0)>(shared, 0, a.weight, 1.0f, columns, weight);
 #pragma unroll
       for (int j = 0; j < 8; ++j) products[j] = dy[i][j] * xhat[i][j];
       dweight.add(i, columns, products, sums_of(0), first_row);
@@ -497,85 +387,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<BLOCK, CHUNKS>)
   }
 
   if (a.partial == nullptr || CHUNKS == 0) return;
-  if constexpr (BLOCK) {
-    const auto write = [&](int which, const auto& sums) {
-#pragma unroll
-      for (int i = 0; i < HELD; ++i) {
-        const Columns<VEC> columns(i, team.rank, team.size, length);
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-          if (columns.holds(j)) sums_of(which)[columns[j]] = sums.held[i][j];
-      }
-    };
-    write(0, dweight);
-    write(1, dbias);
-  } else {
-    // Teams of a warp first, by shuffles; then warp after warp adds its sums to those in shared
-    // memory.
-    float* block_sums = shared + length;
-    const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
-    const auto over_teams = [&](auto& sums) {
-      for (int distance = team.size; distance < kWarp; distance *= 2) {
-#pragma unroll
-        for (int i = 0; i < HELD; ++i)
-#pragma unroll
-          for (int j = 0; j < 8; ++j)
-            sums.held[i][j] += __shfl_xor_sync(kAllLanes, sums.held[i][j], distance);
-      }
-    };
-    over_teams(dweight);
-    over_teams(dbias);
-    for (int warp = 0; warp < warps; ++warp) {
-      if (thread / kWarp == warp && team.offset == 0) {
-#pragma unroll
-        for (int i = 0; i < HELD; ++i) {
-          const Columns<VEC> columns(i, team.rank, team.size, length);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            if (!columns.holds(j)) continue;
-            float* sums = block_sums + columns[j];
-            sums[0] = (warp == 0 ? 0.0f : sums[0]) + dweight.held[i][j];
-            sums[length] = (warp == 0 ? 0.0f : sums[length]) + dbias.held[i][j];
-          }
-        }
-      }
-      __syncthreads();
-    }
-    for (int which = 0; which < 2; ++which)
-      for (int c = thread; c < length; c += static_cast<int>(blockDim.x))
-        sums_of(which)[c] = block_sums[which * length + c];
-  }
-}
-
-// ---- The sums over blocks: 32 columns a block, 16 threads a column, each every 16th partial sum,
-// then a fixed order.
-
-constexpr int kFinishRows = 16;
-
-struct FinishArgs {
-  const float* partial;
-  Parameter out[2];  // dweight, dbias
-  int64_t blocks;
-  int length;
-};
-
-__global__ void __launch_bounds__(kWarp* kFinishRows)
-    finish_kernel(const __grid_constant__ FinishArgs a) {
-  check_launch_bounds<kWarp * kFinishRows>();
-  VK_SHARED(float, sums, [kFinishRows][kWarp]);
-  const int which = static_cast<int>(blockIdx.y), x = static_cast<int>(threadIdx.x),
-            y = static_cast<int>(threadIdx.y);
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarp + x;
-  const bool wanted = a.out[which].data != nullptr && c < a.length;
-  float sum = 0.0f;
-  if (wanted)
-    for (int64_t block = y; block < a.blocks; block += kFinishRows)
-      sum += a.partial[(which * a.blocks + block) * a.length + c];
-  sums[y][x] = sum;
-  __syncthreads();
-  if (y != 0 || !wanted) return;
-  for (int i = 1; i < kFinishRows; ++i) sum += sums[i][x];
-  store_scalar(const_cast<void*>(a.out[which].data), a.out[which].dtype, c, sum);
+  write_sums<BLOCK, false>(team, length, dynamic + length, sums_of, dweight, dbias);
 }
 
 }  // namespace

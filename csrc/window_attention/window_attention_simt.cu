@@ -23,12 +23,6 @@ constexpr float kMaxLogitScale = 4.605170185988092f;  // ln 100
 VK_DEVICE float infinity() { return bits_to_float(0x7f800000u); }
 VK_DEVICE bool is_infinite(float x) { return fabsf(x) == infinity(); }
 
-VK_DEVICE float load_scalar(const void* data, DType dtype, int64_t index) {
-  if (is_wide(dtype)) return static_cast<const float*>(data)[index];
-  const uint32_t bits = static_cast<const uint16_t*>(data)[index];
-  return dtype == DType::kBF16 ? bits_to_float(bits << 16) : unpack_f16_low(bits);
-}
-
 VK_DEVICE float max_over_warp(float v) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {

@@ -20,7 +20,7 @@
 
 namespace vitkernels::window_attention::sm80 {
 
-using namespace window_attention;  // sm80::pack is the shared one
+using namespace window_attention;
 
 // The element where the channels of a token begin in an unshifted map.
 VK_DEVICE int64_t token_offset(const Args& a, const MapView& map, const WindowPlace& place,

@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t group = 0; group < groups; ++group)
     sum += partial[group * a.heads * (rows + 1) + at];
   if (row < rows) return store_scalar(a.dbias_table, a.bias_dtype, row * a.heads + head, sum);
-  const float logit = load_float(a.logit_scale, a.logit_dtype, head * a.logit_step);
+  const float logit = load_scalar(a.logit_scale, a.logit_dtype, head * a.logit_step);
   store_scalar(a.dlogit_scale, a.logit_dtype, head, logit > kMaxLogitScale ? 0.0f : sum);
 }
 

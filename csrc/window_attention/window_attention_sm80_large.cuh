@@ -81,7 +81,7 @@ VK_DEVICE void fill_bias(float* table, const Args& a, int head) {
   for (int row = static_cast<int>(threadIdx.x); row < a.table_rows();
        row += static_cast<int>(blockDim.x))
     table[row] =
-        load_float(a.bias_table, a.bias_dtype, row * a.bias_row + head * a.bias_head) * kLog2e;
+        load_scalar(a.bias_table, a.bias_dtype, row * a.bias_row + head * a.bias_head) * kLog2e;
 }
 
 // ---- Tiles: a window's tokens of one head, `tile` bytes; their 16-byte chunks swizzled

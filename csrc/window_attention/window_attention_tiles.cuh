@@ -49,18 +49,6 @@ VK_DEVICE char* chunk_at(char* tile, int row, int chunk) {
          swizzled(static_cast<Swizzle>(2 * D), static_cast<uint32_t>(row * 2 * D + chunk * 16));
 }
 
-template <DType TYPE>
-VK_DEVICE uint32_t pack(float low, float high) {
-  return TYPE == DType::kBF16 ? pack_bf16(low, high) : pack_f16(low, high);
-}
-
-template <DType TYPE>
-VK_DEVICE float2 unpack(uint32_t pair) {
-  if (TYPE == DType::kBF16)
-    return make_float2(bits_to_float(pair << 16), bits_to_float(pair & 0xffff0000u));
-  return make_float2(unpack_f16_low(pair), unpack_f16_high(pair));
-}
-
 // ---- Fragments: a quad of lanes has a row
 
 VK_DEVICE float quad_sum(float x) {
@@ -74,16 +62,10 @@ VK_DEVICE float quad_max(float x) {
 
 // ---- Parameters
 
-VK_DEVICE float load_float(const void* data, DType dtype, int64_t index) {
-  if (is_wide(dtype)) return static_cast<const float*>(data)[index];
-  const uint32_t bits = static_cast<const uint16_t*>(data)[index];
-  return dtype == DType::kBF16 ? bits_to_float(bits << 16) : unpack_f16_low(bits);
-}
-
 // What the head's products are multiplied by.
 VK_DEVICE float head_factor(const Args& a, int head) {
   if (a.logit_scale == nullptr) return a.scale;
-  const float logit = load_float(a.logit_scale, a.logit_dtype, head * a.logit_step);
+  const float logit = load_scalar(a.logit_scale, a.logit_dtype, head * a.logit_step);
   return expf(logit > kMaxLogitScale ? kMaxLogitScale : logit);  // NaN stays NaN
 }
 
@@ -92,7 +74,7 @@ VK_DEVICE float position_bias(const Args& a, int head, int query, int key) {
   const int dy = (query >> 16) - (key >> 16) + a.Wh - 1;
   const int dx = (query & 0xffff) - (key & 0xffff) + a.Ww - 1;
   const int64_t at = (dy * (2 * a.Ww - 1) + dx) * a.bias_row + head * a.bias_head;
-  return load_float(a.bias_table, a.bias_dtype, at) * kLog2e;
+  return load_scalar(a.bias_table, a.bias_dtype, at) * kLog2e;
 }
 
 // ---- Softmax and its gradient
