@@ -66,13 +66,13 @@ class Call {
     return owners_.back();
   }
 
-  // The operand in the products' dtype: 16-bit tensor cores take nothing else.
-  Matrix in_dtype(const Matrix& m, int64_t rows, int64_t columns) {
+  // The operand in the products' dtype, which it then stays in: 16-bit tensor cores take nothing
+  // else.
+  const Matrix& in_dtype(Matrix& m, int64_t rows, int64_t columns) {
     if (m.dtype == dtype || dtype == DType::kF32 || rows == 0) return m;
-    const Tensor copy = scratch({rows, columns}, scalar_type_);
-    const Out out = out_of(copy, columns, op_);
+    const Out out = out_of(scratch({rows, columns}, scalar_type_), columns, op_);
     round_all(device, m, rows, columns, out);
-    return {out.data, columns, dtype};
+    return m = {out.data, columns, dtype};
   }
 
   ProductArgs product(const Matrix& a, Major a_major, const Matrix& b, Major b_major, int64_t M,
