@@ -44,7 +44,8 @@ struct Loader {
     for (int i = 0; i < kEach; ++i) {
       const int64_t r = first + row(i), at = from_k + k(i);
       const int64_t index = MAJOR == Major::kK ? r * matrix.stride + at : at * matrix.stride + r;
-      v[i] = r < size && at < K ? rounded(load_scalar(matrix.data, matrix.dtype, index), dtype) : 0.0f;
+      v[i] =
+          r < size && at < K ? rounded(load_scalar(matrix.data, matrix.dtype, index), dtype) : 0.0f;
     }
   }
   VK_DEVICE void store(float* shared, const float (&v)[kEach]) const {
