@@ -157,6 +157,29 @@ PYBIND11_MODULE(_C, m) {
       py::arg("rows"), py::arg("D"), py::arg("columns"), py::arg("multiprocessors"),
       "Launch settings of patch_embed's sm_90 forward.");
   m.def(
+      "patch_embed_sm90_groups",
+      [](int B, int N) {
+        const auto g = vitkernels::patch_embed::sm90::groups(B, N);
+        return py::make_tuple(g.patches, g.images, g.across, g.count);
+      },
+      py::arg("B"), py::arg("N"),
+      "Groups of 64 rows of patch_embed's sm_90 backward: neighbours of an image and images of "
+      "each, groups side by side in an image, and all.");
+  m.def(
+      "patch_embed_sm90_backward_plan",
+      [](int B, int N, int D, int columns, int multiprocessors) {
+        namespace sm90 = vitkernels::patch_embed::sm90;
+        const auto groups = sm90::groups(B, N);
+        const auto w = sm90::dweight_plan(groups, D, columns, multiprocessors);
+        const auto x = sm90::dimages_plan(groups, columns, multiprocessors);
+        return py::dict("features"_a = w.features, "dweight_tiles"_a = w.tiles,
+                        "splits"_a = w.split.splits, "dweight_shared_bytes"_a = w.shared_bytes,
+                        "dimages_tiles"_a = x.tiles, "dimages_blocks"_a = x.blocks,
+                        "dimages_shared_bytes"_a = x.shared_bytes);
+      },
+      py::arg("B"), py::arg("N"), py::arg("D"), py::arg("columns"), py::arg("multiprocessors"),
+      "Launch settings of patch_embed's sm_90 backward.");
+  m.def(
       "patch_embed_padded",
       [](int channels, int pixels, bool normalized, int step) {
         const auto p = vitkernels::patch_embed::padded(channels, pixels, normalized, step);

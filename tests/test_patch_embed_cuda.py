@@ -10,7 +10,7 @@ from patch_embed_problems import UINT8, patch_embed_problem
 from problems import DTYPE_IDS, INPUT_DTYPE_IDS, check, check_repeats
 
 from vitkernels import _native
-from vitkernels.testing import available_for, cuda_path, grads_of
+from vitkernels.testing import available_for, cuda_path
 
 FP32, BF16, FP16 = DTYPE_IDS
 PLANS = _native.build_facts()
@@ -27,7 +27,8 @@ def case(grid, patch, D, images, dtype, layout="contiguous", **options):
 
 
 # grid, patch, D, images, dtype, layout of the images, options. Rows of a tile: 128; columns: 128,
-# 192, 256; columns of a patch are padded to 16 for each channel.
+# 192, 256; columns of a patch are padded to 16 for each channel; groups of 64 rows of the backward
+# of sm_90 are neighbours of one image or of many.
 ANY = [
     case((2, 3), 4, 24, UINT8, BF16),
     case((3, 5), 16, 40, UINT8, BF16, prefix=5),
@@ -50,6 +51,9 @@ ANY = [
     case((2, 3), 14, 64, UINT8, BF16, mean=None, std=None),
     case((2, 2), 8, 64, UINT8, BF16, std=(1e-3, 1.0, 1e3)),
     case((16, 18), 4, 384, UINT8, BF16, B=1),
+    case((7, 4), 3, 248, UINT8, BF16, B=19),
+    case((5, 13), 8, 248, FP16, FP16, B=1),
+    case((2, 1), (6, 24), 32, BF16, BF16, B=70, mean=None, std=None),
 ]
 
 
@@ -69,7 +73,7 @@ def made(values):
 @pytest.mark.parametrize("values", ANY, ids=name_of)
 @pytest.mark.parametrize("path", ["simt", "sm80", "auto"])
 def test_a_path_by_name(path, values):
-    """Forward and every gradient. auto: the forward of sm_90, the backward of sm_80."""
+    """Forward and every gradient. auto: sm_90."""
     problem, layout = made(values)
     with cuda_path(path):
         check(problem, "cuda", shape_class=f"{path} {name_of(values)}", layout=layout,
@@ -110,13 +114,33 @@ def test_refusals(path, options, why):
 
 
 @needs_cuda
-def test_the_backward_refuses_sm90_and_rows_off_their_lines():
+@pytest.mark.parametrize("path", ["sm80", "sm90"])
+def test_the_backward_refuses_rows_off_their_lines(path):
     problem = patch_embed_problem((2, 2), 4, 24, UINT8, BF16, B=1)
-    tensors = list(problem.inputs.values())
-    with cuda_path("sm90"), pytest.raises(RuntimeError, match="its backward is that of sm80"):
-        grads_of(problem.ours("cuda"), tensors)
-    with cuda_path("sm80"), pytest.raises(RuntimeError, match="dtokens must lie on 16-byte lines"):
+    message = f"path {path} cannot serve this call: rows of dtokens must lie on 16-byte lines"
+    with cuda_path(path), pytest.raises(RuntimeError, match=message):
         check(problem, "cuda", shape_class="refused", grad_layout="misaligned_1")
+
+
+@needs_cuda
+def test_the_backward_takes_strides_that_tma_does_not():
+    """One gradient for all images: sm90 says so, auto goes on with sm80."""
+    problem = patch_embed_problem((2, 2), 4, 24, UINT8, BF16, B=3)
+    tokens, tensors = problem.ours("cuda"), list(problem.inputs.values())
+    one = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(1)).to(BF16)
+
+    def gradients(incoming):
+        leaves = [None if t is None else t.clone().requires_grad_(t.is_floating_point())
+                  for t in tensors]  # fmt: skip
+        tokens(*leaves).backward(incoming)
+        return [leaf.grad for leaf in leaves if leaf is not None and leaf.requires_grad]
+
+    with cuda_path("sm90"), pytest.raises(RuntimeError, match="rows of dtokens must lie apart"):
+        gradients(one.expand(3, -1, -1))
+    for got, expected in zip(
+        gradients(one.expand(3, -1, -1)), gradients(one.repeat(3, 1, 1)), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
 
 
 @needs_cuda
@@ -159,7 +183,41 @@ def test_splits_cover_every_step_once():
     for tiles, steps, blocks in itertools.product((1, 36, 500), (1, 7, 784), (8, 264)):
         splits, each = PLANS.patch_embed_split(tiles, steps, blocks)
         assert (splits - 1) * each < steps <= splits * each and splits <= 64
-        assert splits == 1 or splits * tiles <= blocks
+
+
+@needs_plans
+def test_splits_keep_the_multiprocessors_busy():
+    """ViT-B/16, B 256: 18 tiles in 7 parts are 126 of 132; 72 tiles (ViT-B/32) would be 72."""
+    assert PLANS.patch_embed_split(18, 784, 132) == (7, 112)
+    splits, each = PLANS.patch_embed_split(72, 196, 132)
+    assert splits * 72 * each / (-(-splits * 72 // 132) * 132 * each) > 0.9
+
+
+@needs_plans
+@pytest.mark.parametrize("N", [1, 6, 49, 64, 196, 197, 576, 729, 1369])
+def test_sm90_groups(N):
+    """Each row is in one group; the fewest groups that 64 / patches images of patches allow."""
+    for B in (1, 2, 3, 16, 100, 256):
+        patches, images, across, count = PLANS.patch_embed_sm90_groups(B, N)
+        assert patches * images == 64
+        assert across == -(-N // patches) and count == across * -(-B // images)
+        counts = [-(-N // p) * -(-B // (64 // p)) for p in (64, 32, 16, 8, 4, 2, 1)]
+        assert count == min(counts) and 64 // 2 ** counts.index(count) == patches
+    assert PLANS.patch_embed_sm90_groups(256, 196) == (4, 16, 49, 784)
+
+
+@needs_plans
+@pytest.mark.parametrize(("D", "features"), [(96, 128), (192, 128), (256, 256), (384, 128),
+                                             (768, 256), (1024, 256), (1152, 256)])  # fmt: skip
+def test_sm90_backward_plans(D, features):
+    for B, columns in itertools.product((1, 256), (48, 624, 768, 4096)):
+        p = PLANS.patch_embed_sm90_backward_plan(B, 196, D, columns, 132)
+        groups = PLANS.patch_embed_sm90_groups(B, 196)[3]
+        assert p["features"] == features
+        assert p["dweight_tiles"] == -(-D // features) * -(-columns // 128)
+        assert p["dimages_tiles"] == -(-groups // 4) * -(-columns // 128)
+        assert p["dimages_blocks"] == min(p["dimages_tiles"], 132)
+        assert max(p["dweight_shared_bytes"], p["dimages_shared_bytes"]) <= 232448
 
 
 # ---- What nvcc made of them
@@ -181,6 +239,17 @@ def test_sm90_instructions_are_those_of_the_plan():
     assert set(code) == {f"forward_kernel<{t},{w}>" for t in (1, 2) for w in (128, 192, 256)}
     for lines in code.values():
         assert present(lines) == {"HGMMA": 4, "UTMALDG": 1}
+
+
+@needs_sass
+def test_sm90_backward_instructions_are_those_of_the_plan():
+    """Four steps of 16 rows, each of one or two times 64 lines; a box for each 64 x 64."""
+    name = "build/native/inplace/obj/patch_embed_patch_embed_sm90_backward.cu.cuda.o"
+    code = sass(ROOT / name, "sm_90a")
+    expected = {f"dimages_kernel<{t}>": {"HGMMA": 8, "UTMALDG": 6} for t in (1, 2)}
+    for t, halves in itertools.product((1, 2), (1, 2)):
+        expected[f"dweight_kernel<{t},{halves}>"] = {"HGMMA": 4 * halves, "UTMALDG": 2 * halves}
+    assert {kernel: present(lines) for kernel, lines in code.items()} == expected
 
 
 @needs_sass

@@ -6,7 +6,9 @@ from __future__ import annotations
 import pytest
 from emulated_mutant import CAN_BUILD, check_verdict, run_mutant
 
-SM80, BACKWARD, SM90 = (f"patch_embed_{name}.cu" for name in ("sm80", "sm80_backward", "sm90"))
+SM80, BACKWARD, SM90, BACKWARD90 = (
+    f"patch_embed_{name}.cu" for name in ("sm80", "sm80_backward", "sm90", "sm90_backward")
+)
 GATHER = "patch_embed_gather.cuh"
 
 pytestmark = pytest.mark.skipif(
@@ -21,6 +23,18 @@ FAULTS = {
     "the fence before wgmma reads pixels": (SM90, "      fence_proxy_async();\n", "", SM90),
     "the rescaling between channels": (SM90, "sums[i] *= by;", "sums[i] *= 1.0f;", SM90),
     "the sign of the centre": (GATHER, "(8388608.0f + centre)", "(8388608.0f - centre)", SM80),
+    "the rows' order in a group": (
+        BACKWARD90,
+        "first.patch + line - image * groups.patches",
+        "first.patch + line % groups.patches + 0 * image + line / 32",
+        BACKWARD90,
+    ),
+    "the fence before wgmma reads the backward's pixels": (
+        BACKWARD90,
+        "    fence_proxy_async();\n",
+        "",
+        BACKWARD90,
+    ),
     "the barrier before the way out": (
         SM80,
         "  __syncthreads();  // the stages become the way out\n",
@@ -31,13 +45,27 @@ FAULTS = {
 SLOW = {
     "the wait for an empty stage": (
         SM90,
-        "      mbarrier_wait(ring.empty + ring.slot, ring.phase ^ 1);\n",
+        "      ring.wait_empty();\n",
         "",
         SM90,
     ),
     "the place of the second unit": (SM90, "places + 16 * j", "places", SM90),
     "the wait for the copies": (SM80, "    wait_copies<0>();\n", "", SM80),
     "none of the backward": (BACKWARD, "", "", BACKWARD),
+    "none of the sm_90 backward": (BACKWARD90, "", "", BACKWARD90),
+    "the release of a stage": (
+        BACKWARD90,
+        "    wgmma_wait<1>();\n    if (i > 0 && releases) mbarrier_arrive(ring.empty + last);\n"
+        "    last = ring.slot;\n",
+        "    if (i > 0 && releases) mbarrier_arrive(ring.empty + last);\n    last = ring.slot;\n",
+        BACKWARD90,
+    ),
+    "the place of a group": (
+        BACKWARD90,
+        "(group - image * groups.across) * groups.patches",
+        "(group - image * groups.across)",
+        BACKWARD90,
+    ),
     "units four apart": (
         BACKWARD,
         "const int chunk = 2 * (first_unit + 4 * j);",
@@ -62,7 +90,7 @@ from problems import check
 from vitkernels.testing import cuda_path
 
 torch.use_deterministic_algorithms(True)  # unwritten outputs are NaN
-problem = patch_embed_problem((9, 15), 8, 40, UINT8, torch.bfloat16, B=1, Cin=7,
+problem = patch_embed_problem((9, 15), 8, 40, UINT8, torch.bfloat16, B=4, Cin=7,
                               std=(0.1, 0.4, 0.2))
 with cuda_path(sys.argv[1]):
     check(problem, "cuda", shape_class="planted faults")
@@ -70,7 +98,7 @@ with cuda_path(sys.argv[1]):
 
 
 def run(fault, folder):
-    path = "auto" if fault[3] == SM90 else "sm80"
+    path = "auto" if fault[3] in (SM90, BACKWARD90) else "sm80"
     return run_mutant("patch_embed", fault, CHECK, folder, path)
 
 

@@ -188,18 +188,21 @@ std::tuple<OptTensor, OptTensor, OptTensor, OptTensor, OptTensor> patch_embed_bw
   if (args.B == 0) return {dimages, dweight, dbias, dpos, dprefix};
 
   const bool products = output_mask[0] || output_mask[1];
-  const bool by_sm80 =
-      products && choose_cuda_path(op, device.architecture(), sm90_refuses_backward(args),
-                                   sm80_refuses_backward(args)) == CudaPath::kSm80;
+  const CudaPath path =
+      products ? choose_cuda_path(op, device.architecture(), sm90_refuses_backward(args),
+                                  sm80_refuses_backward(args))
+               : CudaPath::kSimt;
   Tensor wide;
   float* wide_dbias = nullptr;
-  if (by_sm80 && output_mask[1] && adds_rest(args)) {
+  if (path != CudaPath::kSimt && output_mask[1] && adds_rest(args)) {
     wide = empty_like_shape(dtokens, {args.D}, ScalarType::Float);
     wide_dbias = static_cast<float*>(wide.mutable_data_ptr());
   }
   if (output_mask[2] || output_mask[3] || output_mask[4] || wide_dbias != nullptr)
     sums_over_images(device, dtokens, args, wide_dbias);
-  if (by_sm80)
+  if (path == CudaPath::kSm90)
+    products_sm90(device, dtokens, args, wide_dbias);
+  else if (path == CudaPath::kSm80)
     products_sm80(device, dtokens, args, wide_dbias);
   else if (products)
     products_simt(device, dtokens, args);

@@ -68,6 +68,7 @@ void forward_sm90(const Device& device, const Tensor& like, const Args& args);
 // dweight and dimages, where they are wanted. dbias: (D) in fp32, given where adds_rest.
 void products_simt(const Device& device, const Tensor& like, const Args& args);
 void products_sm80(const Device& device, const Tensor& like, const Args& args, const float* dbias);
+void products_sm90(const Device& device, const Tensor& like, const Args& args, const float* dbias);
 
 // dbias, dpos and dprefix, where they are wanted, and the fp32 dbias where it is not null.
 void sums_over_images(const Device& device, const Tensor& like, const Args& args, float* dbias);

@@ -32,11 +32,15 @@ VK_DEVICE float channel_scale(const Args& a, int channel) {
 
 // ---- Places
 
-// The top left pixel of a patch.
-VK_DEVICE int64_t patch_place(const Args& a, const ImageView& images, int row) {
-  const int b = row / a.N, n = row - b * a.N, y = n / a.grid_w, x = n - y * a.grid_w;
+// The top left pixel of patch n of image b.
+VK_DEVICE int64_t patch_place(const Args& a, const ImageView& images, int b, int n) {
+  const int y = n / a.grid_w, x = n - y * a.grid_w;
   return b * images.batch + static_cast<int64_t>(y) * a.patch_h * images.row +
          static_cast<int64_t>(x) * a.patch_w * images.column;
+}
+VK_DEVICE int64_t patch_place(const Args& a, const ImageView& images, int row) {
+  const int b = row / a.N;
+  return patch_place(a, images, b, row - b * a.N);
 }
 // Column k, counted from there.
 VK_DEVICE int64_t pixel_place(const Args& a, const ImageView& images, int k) {

@@ -26,15 +26,26 @@ constexpr Padded padded(int channels, int pixels, bool normalized, int step) {
 }
 constexpr int kMostColumns = 4096;  // padded: of which shared memory holds the places
 
-// Parts of a sum over `steps`, that so many tiles give `blocks` blocks work; steps of a part.
+// Parts of a sum over `steps`, of each of so many tiles; steps of a part. `blocks` work at a time:
+// the split with which the last of them ends first, where writing a part and adding it later cost
+// as much as kPartSteps steps; of equals the one with fewest parts.
 struct Split {
   int splits, steps;
 };
+constexpr int kMostSplits = 64, kPartSteps = 5;
 inline Split split(int64_t tiles, int64_t steps, int64_t blocks) {
-  const int64_t most = std::clamp<int64_t>(blocks / std::max<int64_t>(tiles, 1), 1, 64);
-  const int64_t each =
-      divide_up(std::max<int64_t>(steps, 1), std::min(most, std::max<int64_t>(steps, 1)));
-  return {static_cast<int>(divide_up(std::max<int64_t>(steps, 1), each)), static_cast<int>(each)};
+  tiles = std::max<int64_t>(tiles, 1), steps = std::max<int64_t>(steps, 1);
+  int64_t best_time = INT64_MAX;
+  Split best{};
+  for (int64_t parts = 1; parts <= std::min<int64_t>(steps, kMostSplits); ++parts) {
+    const int64_t each = divide_up(steps, parts), splits = divide_up(steps, each);
+    const int64_t time = divide_up(tiles * splits, blocks) * (each + kPartSteps);
+    if (time < best_time) {
+      best_time = time;
+      best = {static_cast<int>(splits), static_cast<int>(each)};
+    }
+  }
+  return best;
 }
 
 namespace simt {
@@ -79,6 +90,63 @@ inline Plan plan(int rows, int D, int places, int multiprocessors) {
   const int width = width_for(D);
   const int64_t tiles = divide_up(rows, kRows) * divide_up(D, width);
   return {width, tiles, std::min<int64_t>(tiles, multiprocessors), shared_bytes(width, places)};
+}
+
+// ---- Backward
+
+// Rows go by groups of 64, of which one box brings the gradients: `patches` neighbours, a power of
+// two, of each of 64 / patches images. The order of the rows is free, so that no box needs to cross
+// from one image to the next.
+constexpr int kGroup = 64;
+struct Groups {
+  int patches, images;  // of a group
+  int across;           // groups side by side in an image
+  int count;
+};
+
+// The groups with the fewest rows that do not exist; of equals the one with most neighbours.
+inline Groups groups(int B, int N) {
+  Groups best{};
+  for (int patches = kGroup; patches > 0; patches /= 2) {
+    const int images = kGroup / patches;
+    const int64_t across = divide_up(N, patches), count = across * divide_up(B, images);
+    if (best.count == 0 || count < best.count)
+      best = {patches, images, static_cast<int>(across), static_cast<int>(count)};
+  }
+  return best;
+}
+
+constexpr int kPanelBytes = kGroup * kDepth * 2;  // a box of 64 x 64
+constexpr int kTileColumns = 128;                 // columns of a patch
+
+// `panels` of A of 64 rows each, two of B, in kStages stages.
+constexpr int64_t product_bytes(int panels) {
+  return int64_t{kStages} * (panels + kTileColumns / 64) * kPanelBytes;
+}
+
+struct DWeightPlan {
+  int features;  // of a tile: 128 or 256
+  int64_t tiles;
+  Split split;  // of the groups
+  int64_t shared_bytes;
+};
+inline DWeightPlan dweight_plan(const Groups& groups, int D, int columns, int multiprocessors) {
+  DWeightPlan p{};
+  // The wide tile, which gathers each pixel half as often, where at most a sixth of it is empty.
+  p.features = divide_up(D, 256) * 256 * 6 <= int64_t{D} * 7 ? 256 : 128;
+  p.tiles = divide_up(D, p.features) * divide_up(columns, kTileColumns);
+  p.split = split(p.tiles, groups.count, multiprocessors);
+  p.shared_bytes = product_bytes(p.features / 64) + 4 * kTileColumns + 128;
+  return p;
+}
+
+struct DImagesPlan {
+  int64_t tiles, blocks, shared_bytes;  // tiles of four groups
+};
+inline DImagesPlan dimages_plan(const Groups& groups, int columns, int multiprocessors) {
+  const int64_t tiles = divide_up(groups.count, 4) * divide_up(columns, kTileColumns);
+  return {tiles, std::min<int64_t>(tiles, multiprocessors),
+          product_bytes(4) + 8 * kWayOutBytes + 128};
 }
 }  // namespace sm90
 

@@ -1,4 +1,4 @@
-// Backward products of patch_embed on sm_80 tensor cores, as sm_90 takes them too:
+// Backward products of patch_embed on sm_80 tensor cores:
 //
 //   dweight  part[d, k] = sum_m g[m, d] operand[m, k]     splits of the rows m, added in order
 //   dimages  dx[m, k]   = scale * sum_d g[m, d] W[d, k]   each pixel belongs to one patch
@@ -9,7 +9,7 @@
 // sum's index outermost: ldmatrix transposes them. The scale of each channel, and what centring
 // left out, rest * dbias, are added to dweight's fp32 sums by finish_dweight.
 //
-// ViT-B/16, B 256: 59.2 GFLOP each. dweight: 36 tiles in 3 splits (132 multiprocessors), 7.1 MB of
+// ViT-B/16, B 256: 59.2 GFLOP each. dweight: 36 tiles in 3 splits (108 multiprocessors), 7.1 MB of
 // fp32 parts; least bytes 116 MB, 58 us at 2 TB/s, 27 us at 4.3 TB/s.
 // Grid: tiles (and splits) of 256 threads, one to a multiprocessor; 64 KB of shared memory and, for
 // dweight, 512 bytes. Not measured yet. Launch settings: patch_embed_plan.h.

@@ -22,29 +22,12 @@
 // 32 KB from L2. 1176 tiles on 132 multiprocessors: 8.9 of 9 rounds.
 // Grid: a block for each multiprocessor, of 384 threads; 213 KB of shared memory at that shape. Not
 // measured yet. Launch settings: patch_embed_plan.h.
-#include "common/tma.cuh"
-#include "common/wgmma.cuh"
-#include "patch_embed/patch_embed_gather.cuh"
+#include "patch_embed/patch_embed_sm90.cuh"
 
 namespace vitkernels::patch_embed {
 namespace {
 
 using namespace sm90;
-
-constexpr int kGatherers = 128, kConsumerWarps = 8;
-// 128 * (2 * 200 + 104) of 65,536 registers.
-constexpr int kConsumerRegisters = 200, kGathererRegisters = 104;
-
-// A stage is full when its pixels (a warp's lane each of four) and the weight's bytes are there,
-// and empty when eight warps have multiplied it.
-struct Ring {
-  MBarrier *full, *empty;
-  int slot = 0, phase = 0;
-
-  VK_DEVICE void advance() {
-    if (++slot == kStages) slot = 0, phase ^= 1;
-  }
-};
 
 struct Tiles {
   int across;
@@ -93,7 +76,7 @@ VK_DEVICE void gather(const Shared<WIDTH>& shared, Ring ring, const TensorMap& m
         prefetch_l2(static_cast<const char*>(a.images.data) +
                     (patch + shared.places()[ahead]) * pixel_bytes);
       MBarrier* full = ring.full + ring.slot;
-      mbarrier_wait(ring.empty + ring.slot, ring.phase ^ 1);
+      ring.wait_empty();
       if (thread == 0) {
         mbarrier_arrive_expect(full, Shared<WIDTH>::kWeightBytes);
         tma_load(shared.weight(ring.slot), map, full,
@@ -137,7 +120,7 @@ VK_DEVICE void multiply(const Shared<WIDTH>& shared, Ring ring, const Args& a,
       pin_registers(sums);
 #pragma unroll 1
       for (int t = 0; t < columns.tiles(); ++t) {
-        mbarrier_wait(ring.full + ring.slot, ring.phase);
+        ring.wait_full();
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < 4; ++step) begin(step);
@@ -175,13 +158,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Shared<WIDTH> shared = {memory};
   auto* barriers = reinterpret_cast<MBarrier*>(shared.places() + columns.columns());
   const Ring ring = {barriers, barriers + kStages};
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(ring.full + i, 1 + kGatherers / kWarp);
-      mbarrier_init(ring.empty + i, kConsumerWarps);
-    }
-    mbarrier_fence_init();
-  }
+  // Full: the pixels, by a lane of each of four warps, and the weight's bytes.
+  if (threadIdx.x == 0) ring.initialize(1 + kGatherers / kWarp);
   write_places(a, columns, shared.places());
   __syncthreads();
   if (threadIdx.x < kConsumerWarps * kWarp) {
@@ -221,8 +199,6 @@ void launch_width(const Device& device, const Args& a, const Prepared& prepared)
 }  // namespace
 
 Refusal sm90_refuses_forward(const Args& a) { return refuses_operands(a, padded(a, kDepth)); }
-
-Refusal sm90_refuses_backward(const Args&) { return "its backward is that of sm80"; }
 
 void forward_sm90(const Device& device, const Tensor& like, const Args& a) {
   const Prepared prepared = prepare(device, like, a, padded(a, kDepth));
