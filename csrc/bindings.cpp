@@ -127,9 +127,12 @@ PYBIND11_MODULE(_C, m) {
         const lg::Tile tile = known.at(path);
         const auto s = lg::splits(tile, M, N, K, multiprocessors, path == "sm80" ? 2 : 1);
         const auto g = lg::grad_plan(M, N, multiprocessors);
+        const auto pairs = lg::sm90_plan(M, N, s.count, multiprocessors);
         return py::dict("tile"_a = py::make_tuple(tile.m, tile.n, tile.k), "splits"_a = s.count,
                         "k_per_split"_a = s.k, "small"_a = lg::takes_small(M, N, multiprocessors),
                         "rows_per_program"_a = g.rows_per_program, "programs"_a = g.programs,
+                        "cluster"_a = pairs.cluster, "items"_a = pairs.items,
+                        "blocks"_a = pairs.blocks,
                         "shared_bytes"_a = path == "sm90"   ? lg::sm90_shared_bytes()
                                            : path == "sm80" ? lg::sm80_shared_bytes(tile)
                                                             : 0);
@@ -151,8 +154,8 @@ PYBIND11_MODULE(_C, m) {
       "patch_embed_sm90_plan",
       [](int rows, int D, int columns, int multiprocessors) {
         const auto p = vitkernels::patch_embed::sm90::plan(rows, D, columns, multiprocessors);
-        return py::dict("width"_a = p.width, "tiles"_a = p.tiles, "blocks"_a = p.blocks,
-                        "shared_bytes"_a = p.shared_bytes);
+        return py::dict("width"_a = p.width, "pair"_a = p.pair, "items"_a = p.items,
+                        "blocks"_a = p.blocks, "shared_bytes"_a = p.shared_bytes);
       },
       py::arg("rows"), py::arg("D"), py::arg("columns"), py::arg("multiprocessors"),
       "Launch settings of patch_embed's sm_90 forward.");
@@ -172,7 +175,7 @@ PYBIND11_MODULE(_C, m) {
         const auto groups = sm90::groups(B, N);
         const auto w = sm90::dweight_plan(groups, D, columns, multiprocessors);
         const auto x = sm90::dimages_plan(groups, columns, multiprocessors);
-        return py::dict("features"_a = w.features, "dweight_tiles"_a = w.tiles,
+        return py::dict("features"_a = w.features, "pair"_a = w.pair, "dweight_tiles"_a = w.tiles,
                         "splits"_a = w.split.splits, "dweight_shared_bytes"_a = w.shared_bytes,
                         "dimages_tiles"_a = x.tiles, "dimages_blocks"_a = x.blocks,
                         "dimages_shared_bytes"_a = x.shared_bytes);

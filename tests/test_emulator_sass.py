@@ -99,6 +99,14 @@ def test_pipeline_sm90():
     assert count(code, r"USETMAXREG\.DEALLOC\S*") == 1 and count(code, r"USETMAXREG\.TRY\S*") == 1
 
 
+def test_clusters():
+    code = instructions("cluster.cu", "sm_90a")["share_kernel<0>"]
+    assert count(code, r"UTMALDG\.2D\.MULTICAST") == count(code, "UTMALDG") == 1
+    assert count(code, "UCGABAR_ARV") == count(code, "UCGABAR_WAIT") == 2  # begin and end
+    assert count(code, r"SYNCS\.ARRIVE\.TRANS64\.RED\.\S*") == 1
+    assert count(code, r"MEMBAR\.\S*GPU") == 2  # of cluster_sync, none of an arrival
+
+
 @pytest.mark.parametrize("rank", [2, 3, 4, 5])
 def test_tma_of_every_rank(rank):
     code = instructions("sm90.cu", "sm_90a")[f"copy_tensor_kernel<{rank}>"]

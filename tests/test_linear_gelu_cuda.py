@@ -1,5 +1,6 @@
 """linear_gelu in CUDA C++: each path at its tiles' edges, plans, SASS, planted bugs."""
 
+import itertools
 import re
 
 import pytest
@@ -144,6 +145,21 @@ def test_plans_of_the_shapes_that_count():
     assert p["shared_bytes"] <= 232448 and 2 * plan("sm80", 1, 1, 1)["shared_bytes"] <= 166912
 
 
+@needs_plans
+def test_pairs_of_blocks():
+    """Every tile once, few of them empty; ViT-B's fc1 by 66 pairs."""
+    for M, N, multiprocessors in itertools.product(
+        (1, 129, 300, 1576, 3152, 50432), (8, 768, 3072), (1, 2, 7, 132)
+    ):
+        p = plan("sm90", M, N, 768, multiprocessors)
+        down, across = -(-M // 128), -(-N // 128)
+        assert p["cluster"] in (1, 2) and p["blocks"] % p["cluster"] == 0
+        assert p["cluster"] <= p["blocks"] <= max(multiprocessors, p["cluster"])
+        tiles = p["items"] * p["cluster"] / p["splits"]
+        assert down * across <= tiles <= down * across * 17 / 16
+    assert (p["cluster"], p["blocks"]) == (2, 132)
+
+
 # ---- What nvcc made of it
 
 
@@ -158,11 +174,12 @@ def test_sass(path, arch):
         return sum(bool(re.search(rf"\b{name}\b", i)) for i in code)
 
     for name, code in kernels.items():
-        assert not [i for i in code if re.search(r"\b(ATOM|ATOMG|RED|LDL|STL)\b", i)], name
-        if path == "sm90":  # 64 k by 16, of two halves; a box of each operand, or two
+        assert not [i for i in code if re.search(r"(^|\s)(ATOM|ATOMG|RED|LDL|STL)\b", i)], name
+        if path == "sm90":  # 64 k by 16, of two halves; a box of A, or two, and two of B
             _, a_major, b_major = (int(n) for n in re.findall(r"\d+", name))
             assert count(code, "HGMMA") == 8, name
-            assert count(code, "UTMALDG") == 2 + a_major + b_major, name
+            assert count(code, "UTMALDG") == 3 + a_major, name
+            assert sum("MULTICAST" in i for i in code) == 2, name
             assert count(code, "UTMASTG") == 4, name
             continue
         # 32 k by 16: of a warp 4 x 4 fragments (2 x 4), A by 4 (2) loads and B by 2
@@ -186,13 +203,24 @@ with cuda_path(sys.argv[1]):
 MUTANTS = {
     "no order of the warpgroups": (
         "sm90",
-        "    if (item != static_cast<int>(blockIdx.x)) barrier_sync(3",
+        "    if (item != first_item) barrier_sync(3",
         "    if (item < 0) barrier_sync(3",
     ),
     "results sent too early": (
         "sm90",
         "      fence_proxy_async();\n      barrier_sync",
         "      barrier_sync",
+    ),
+    "a stage that the other block still reads": (
+        "sm90",
+        "mbarrier_arrive_at(empty, lane)",
+        "mbarrier_arrive_at(empty, rank)",
+        "common/pair.cuh",
+    ),
+    "no meeting of the cluster at the end": (
+        "sm90",
+        "  cluster_sync();  // the other block may still release stages here\n",
+        "",
     ),
     "one group fewer": ("sm80", "wait_copies<kSm80Stages - 2>()", "wait_copies<kSm80Stages - 1>()"),
     "no order of k": ("sm80", "k + lane / 8 % 2 * 8));\n  else", "k));\n  else"),
@@ -203,9 +231,10 @@ MUTANTS = {
 @pytest.mark.skipif(not CAN_BUILD, reason="the emulator is not built")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bugs_are_caught(name, tmp_path):
-    path, old, new = MUTANTS[name]
+    path, old, new, *changed = MUTANTS[name]
     source = f"linear_gelu_{path}.cu"
-    done = run_mutant("linear_gelu", (source, old, new, source), CHECK, tmp_path, path)
+    change = (*(changed or [source]), old, new, source)
+    done = run_mutant("linear_gelu", change, CHECK, tmp_path, path)
     assert done.returncode != 0
     said = done.stdout + done.stderr
     assert "emulated kernel" in said or "within the error model" in said, said[-2000:]

@@ -162,8 +162,9 @@ def test_sm90_plans(D):
         p = PLANS.patch_embed_sm90_plan(rows, D, columns, 132)
         waste = {w: -(-D // w) * w for w in (256, 192, 128)}
         assert waste[p["width"]] == min(waste.values())
-        assert p["tiles"] == -(-rows // 128) * -(-D // p["width"])
-        assert p["blocks"] == min(p["tiles"], 132)
+        assert p["items"] == -(-rows // (128 * p["pair"])) * -(-D // p["width"])
+        assert p["blocks"] == min(p["pair"] * p["items"], 132)
+        assert p["pair"] == (1 if rows <= 128 else 2)
         assert p["shared_bytes"] <= 232448
 
 
@@ -217,6 +218,7 @@ def test_sm90_backward_plans(D, features):
         assert p["dweight_tiles"] == -(-D // features) * -(-columns // 128)
         assert p["dimages_tiles"] == -(-groups // 4) * -(-columns // 128)
         assert p["dimages_blocks"] == min(p["dimages_tiles"], 132)
+        assert p["pair"] == 2 - -(-columns // 128) % 2 and p["dimages_blocks"] % p["pair"] == 0
         assert max(p["dweight_shared_bytes"], p["dimages_shared_bytes"]) <= 232448
 
 
@@ -225,7 +227,7 @@ def test_sm90_backward_plans(D, features):
 needs_sass = pytest.mark.skipif(
     NVCC is None or disassembler() is None, reason="no nvcc or cuobjdump here"
 )
-WORDS = ("HGMMA", "UTMALDG", "HMMA", "LDGSTS", "LDL", "STL", "ATOM", "RED.")
+WORDS = ("HGMMA", "UTMALDG", "MULTICAST", "HMMA", "LDGSTS", "LDL", "STL", "ATOM", "RED.E")
 
 
 def present(lines):
@@ -234,11 +236,11 @@ def present(lines):
 
 @needs_sass
 def test_sm90_instructions_are_those_of_the_plan():
-    """Four steps of 16 columns in a stage, one box."""
+    """Four steps of 16 columns in a stage, two boxes, to both blocks of a pair."""
     code = sass(ROOT / "build/native/inplace/obj/patch_embed_patch_embed_sm90.cu.cuda.o", "sm_90a")
     assert set(code) == {f"forward_kernel<{t},{w}>" for t in (1, 2) for w in (128, 192, 256)}
     for lines in code.values():
-        assert present(lines) == {"HGMMA": 4, "UTMALDG": 1}
+        assert present(lines) == {"HGMMA": 4, "UTMALDG": 2, "MULTICAST": 2}
 
 
 @needs_sass
@@ -246,9 +248,13 @@ def test_sm90_backward_instructions_are_those_of_the_plan():
     """Four steps of 16 rows, each of one or two times 64 lines; a box for each 64 x 64."""
     name = "build/native/inplace/obj/patch_embed_patch_embed_sm90_backward.cu.cuda.o"
     code = sass(ROOT / name, "sm_90a")
-    expected = {f"dimages_kernel<{t}>": {"HGMMA": 8, "UTMALDG": 6} for t in (1, 2)}
+    expected = {f"dimages_kernel<{t}>": {"HGMMA": 8, "UTMALDG": 6, "MULTICAST": 4} for t in (1, 2)}
     for t, halves in itertools.product((1, 2), (1, 2)):
-        expected[f"dweight_kernel<{t},{halves}>"] = {"HGMMA": 4 * halves, "UTMALDG": 2 * halves}
+        expected[f"dweight_kernel<{t},{halves}>"] = {
+            "HGMMA": 4 * halves,
+            "UTMALDG": 2 * halves,
+            "MULTICAST": 2 * halves,
+        }
     assert {kernel: present(lines) for kernel, lines in code.items()} == expected
 
 

@@ -43,6 +43,12 @@ FAULTS = {
     ),
 }
 SLOW = {
+    "a stage that the other block still reads": (
+        "common/pair.cuh",
+        "mbarrier_arrive_at(empty, lane)",
+        "mbarrier_arrive_at(empty, rank)",
+        SM90,
+    ),
     "the wait for an empty stage": (
         SM90,
         "      ring.wait_empty();\n",
@@ -55,9 +61,8 @@ SLOW = {
     "none of the sm_90 backward": (BACKWARD90, "", "", BACKWARD90),
     "the release of a stage": (
         BACKWARD90,
-        "    wgmma_wait<1>();\n    if (i > 0 && releases) mbarrier_arrive(ring.empty + last);\n"
-        "    last = ring.slot;\n",
-        "    if (i > 0 && releases) mbarrier_arrive(ring.empty + last);\n    last = ring.slot;\n",
+        "    wgmma_wait<1>();\n    if (i > 0) ring.pair.release(ring.empty + last);\n",
+        "    if (i > 0) ring.pair.release(ring.empty + last);\n",
         BACKWARD90,
     ),
     "the place of a group": (

@@ -48,6 +48,21 @@ class Device {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
+  // In clusters of so many blocks, of which the grid's x is a multiple (sm_90)
+  // [G: "Thread Block Clusters"].
+  template <class... Parameters, class... Arguments>
+  void launch_cluster(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block,
+                      size_t shared_bytes, const Arguments&... arguments) const {
+    if (shared_bytes > 48 << 10)
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared_bytes)));
+    cudaLaunchAttribute size{};
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim.x = static_cast<unsigned>(cluster);
+    size.val.clusterDim.y = size.val.clusterDim.z = 1;
+    launch_with(kernel, grid, block, shared_bytes, size, 1, arguments...);
+  }
+
   // Two launches, of which the second may begin while the first ends, where the architecture can
   // (csrc/common/dependent_launch.cuh): it calls wait_for_grid_before() before it reads what the
   // first wrote [G: "Programmatic Dependent Launch and Synchronization"].
@@ -65,18 +80,26 @@ class Device {
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
+    launch_with(kernel, grid, block, shared_bytes, early,
+                architecture_ >= 90 && code.ptxVersion >= 90 ? 1 : 0, arguments...);
+  }
+
+ private:
+  template <class... Parameters, class... Arguments>
+  void launch_with(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaLaunchAttribute attribute, unsigned attributes,
+                   const Arguments&... arguments) const {
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream_;
-    config.attrs = &early;
-    config.numAttrs = architecture_ >= 90 && code.ptxVersion >= 90 ? 1 : 0;
+    config.attrs = &attribute;
+    config.numAttrs = attributes;
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
- private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
   int multiprocessors_ = 0, architecture_ = 0;

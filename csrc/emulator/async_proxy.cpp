@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "emulator/arena.h"
 #include "emulator/describe.h"
 
 namespace vitkernels::emulator {
@@ -19,11 +20,14 @@ constexpr int kPatience = 1000;
 // ---- mbarriers
 
 AsyncProxy::Barrier& AsyncProxy::find(const char* what, const uint64_t* barrier, Place place) {
-  const uint32_t offset = shared_offset(what, barrier, 8, 8, place);
+  return find(what, shared_offset(what, barrier, 8, 8, place), place);
+}
+
+AsyncProxy::Barrier& AsyncProxy::find(const char* what, uint32_t offset, Place place) {
   const auto found = barriers_.find(offset);
   if (found == barriers_.end())
     fail(std::string(what) + " of an mbarrier that is not initialized", place);
-  if (*barrier != kMark)
+  if (std::memcmp(shared_ + offset, &kMark, sizeof(kMark)) != 0)
     fail(std::string(what) + " of an mbarrier whose memory was overwritten", place);
   return found->second;
 }
@@ -71,8 +75,12 @@ void AsyncProxy::complete_if_due(Barrier& barrier) {
 }
 
 void AsyncProxy::arrive(const char* what, uint64_t* barrier, int expected_bytes, Place place) {
+  arrive(what, shared_offset(what, barrier, 8, 8, place), expected_bytes, place);
+}
+
+void AsyncProxy::arrive(const char* what, uint32_t offset, int expected_bytes, Place place) {
   const Unwatched emulator;
-  Barrier& b = find(what, barrier, place);
+  Barrier& b = find(what, offset, place);
   b.bytes += expected_bytes;
   if (expected_bytes < 0 || b.bytes > kByteLimit)
     fail(std::string(what) + ": " + std::to_string(b.bytes) + " bytes expected in one phase",
@@ -111,13 +119,13 @@ bool AsyncProxy::wait(const char* what, uint64_t* barrier, int parity, bool may_
 // ---- Shared memory as the async proxy sees it
 
 char* AsyncProxy::seen() {
-  if (seen_.size() < shared_bytes()) seen_.resize(shared_bytes(), static_cast<char>(0xFF));
+  if (seen_.size() < arena_->used) seen_.resize(arena_->used, static_cast<char>(0xFF));
   return seen_.data();
 }
 
 void AsyncProxy::publish_shared() {
   const Unwatched emulator;
-  copy_with_gaps(seen(), shared_, shared_bytes());
+  copy_with_gaps(seen(), shared_, arena_->used);
   publish_barriers();
 }
 
@@ -144,21 +152,21 @@ void AsyncProxy::poison(uint32_t offset, size_t size) {
 
 // ---- Copies to shared memory
 
-void AsyncProxy::begin_load(uint64_t* barrier, uint32_t offset, size_t bytes,
+void AsyncProxy::begin_load(uint32_t barrier, uint32_t offset, size_t bytes,
                             std::function<void()> perform, Place place) {
   const Unwatched emulator;
   if (find("tma_load", barrier, place).published_by != nullptr)
     fail("tma_load with an mbarrier that mbarrier_fence_init has not shown to the async proxy",
          place);
   poison(offset, bytes);
-  loads_.push_back(
-      {shared_offset("tma_load", barrier, 8, 8, place), offset, bytes, std::move(perform), place});
+  loads_.push_back({barrier, offset, bytes, std::move(perform), place});
 }
 
 // ---- The scheduler
 
-void AsyncProxy::open(char* shared) {
-  shared_ = shared;
+void AsyncProxy::open(const Arena& shared) {
+  arena_ = &shared;
+  shared_ = shared.base;
   barriers_.clear();
   loads_.clear();
   seen_.clear();
@@ -166,21 +174,22 @@ void AsyncProxy::open(char* shared) {
   fruitless_ = 0;
 }
 
-bool AsyncProxy::advance(std::minstd_rand& random) {
-  if (!loads_.empty()) {
-    std::swap(loads_[random() % loads_.size()], loads_.back());
-    const Load load = std::move(loads_.back());
-    loads_.pop_back();
-    const char* target = shared_ + load.offset;
-    if (std::any_of(target, target + load.bytes,
-                    [](char c) { return c != static_cast<char>(0xFF); }))
-      fail("shared memory was written while a TMA load to it was under way", load.place);
-    load.perform();
-    Barrier& barrier = barriers_.at(load.barrier);
-    barrier.bytes -= static_cast<int64_t>(load.bytes);
-    complete_if_due(barrier);
-    return true;
-  }
+bool AsyncProxy::perform_load(std::minstd_rand& random) {
+  if (loads_.empty()) return false;
+  std::swap(loads_[random() % loads_.size()], loads_.back());
+  const Load load = std::move(loads_.back());
+  loads_.pop_back();
+  const char* target = shared_ + load.offset;
+  if (std::any_of(target, target + load.bytes, [](char c) { return c != static_cast<char>(0xFF); }))
+    fail("shared memory was written while a TMA load to it was under way", load.place);
+  load.perform();
+  Barrier& barrier = barriers_.at(load.barrier);
+  barrier.bytes -= static_cast<int64_t>(load.bytes);
+  complete_if_due(barrier);
+  return true;
+}
+
+bool AsyncProxy::let_give_up() {
   if (++fruitless_ > kPatience) return false;
   bool any = false;
   for (auto& [offset, barrier] : barriers_) {

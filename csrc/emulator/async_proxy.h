@@ -13,6 +13,8 @@
 
 namespace vitkernels::emulator {
 
+struct Arena;
+
 class AsyncProxy {
  public:
   // ---- mbarriers
@@ -22,6 +24,9 @@ class AsyncProxy {
   // The calling thread's new barriers can be named in TMA copies.
   void publish_barriers();
   void arrive(const char* what, uint64_t* barrier, int expected_bytes, Place place);
+  // Of a thread of another block of the cluster, at the barrier that many bytes into this block's
+  // shared memory.
+  void arrive(const char* what, uint32_t offset, int expected_bytes, Place place);
   // False only if the caller may give up and nothing else can happen now.
   bool wait(const char* what, uint64_t* barrier, int parity, bool may_give_up, Place place);
 
@@ -38,15 +43,17 @@ class AsyncProxy {
   // ---- Copies to shared memory
 
   // `perform` runs when no thread can go on, the latest moment that the hardware may choose, and
-  // then `bytes` have come to the barrier. The target is 0xFF until then.
-  void begin_load(uint64_t* barrier, uint32_t offset, size_t bytes, std::function<void()> perform,
+  // then `bytes` have come to the barrier at byte `barrier`. The target is 0xFF until then.
+  void begin_load(uint32_t barrier, uint32_t offset, size_t bytes, std::function<void()> perform,
                   Place place);
 
   // ---- For the scheduler
 
-  void open(char* shared);
-  // When no thread can go on: performs a load, or lets those give up that may. False: nothing left.
-  bool advance(std::minstd_rand& random);
+  void open(const Arena& shared);
+  // When no thread can go on: performs a load; or else lets those give up that may. False: there is
+  // none.
+  bool perform_load(std::minstd_rand& random);
+  bool let_give_up();
   // What is wrong at the end of the block, or nothing.
   std::string unfinished() const;
 
@@ -80,9 +87,11 @@ class AsyncProxy {
   };
 
   Barrier& find(const char* what, const uint64_t* barrier, Place place);
+  Barrier& find(const char* what, uint32_t offset, Place place);
   void complete_if_due(Barrier& barrier);
   char* seen();  // the shared memory that the async proxy sees
 
+  const Arena* arena_ = nullptr;
   char* shared_ = nullptr;
   std::map<uint32_t, Barrier> barriers_;
   std::vector<Load> loads_;
@@ -91,7 +100,8 @@ class AsyncProxy {
   int fruitless_ = 0;  // times that threads gave up waiting with nothing happening between
 };
 
-// Of the running thread's block.
+// Of the running thread's block, and of another of its cluster, which must not have ended.
 AsyncProxy& async_proxy();
+AsyncProxy& async_proxy_of(const char* what, int rank, Place place);
 
 }  // namespace vitkernels::emulator

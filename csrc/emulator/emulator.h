@@ -46,6 +46,7 @@ struct Settings {
 Settings& settings();
 
 struct Block;
+struct Cluster;
 class LeadingGrid;
 using Finish = void (*)(void* const* records);
 
@@ -130,6 +131,11 @@ int meet_block(const char* what, bool predicate, Place place);
 // on. One that does not wait is counted and goes on at once.
 void meet_part(const char* what, int id, int threads, bool waits, Place place);
 
+// All threads of all blocks of the cluster that have not exited meet.
+void meet_cluster(Place place);
+int cluster_rank();  // of the running thread's block
+int cluster_size();
+
 // Until another thread, or the scheduler, wakes this one. `detail` is for the list of who waits
 // where.
 void sleep(const char* what, const std::string& detail, Place place);
@@ -160,6 +166,7 @@ T& shared_array(Tag, Place place) {
 struct Shape {
   Index3 grid, block;
   size_t shared_bytes;
+  unsigned cluster = 1;  // neighbours along x that run at the same time
 };
 
 // Runs thread_body once per CUDA thread, as a dependent of the leading grid if there is one. Throws

@@ -23,16 +23,21 @@ void TensorCopy::for_each(Function element_function) const {
   }
 }
 
-void begin_load(const TensorCopy& copy, uint64_t* barrier, Place place) {
+void begin_load(const char* what, const TensorCopy& copy, uint64_t* barrier, unsigned blocks,
+                Place place) {
   const Unwatched emulator;
-  AsyncProxy& proxy = async_proxy();
-  const auto perform = [copy, &proxy] {
-    copy.for_each([&](uint32_t shared, const char* global) {
-      const char zero[4] = {};
-      proxy.write(shared, global != nullptr ? global : zero, static_cast<size_t>(copy.element));
-    });
-  };
-  proxy.begin_load(barrier, copy.offset, copy.bytes(), perform, place);
+  const uint32_t offset = shared_offset(what, barrier, 8, 8, place);
+  for (int rank = 0; blocks >> rank != 0; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    AsyncProxy& proxy = async_proxy_of(what, rank, place);
+    const auto perform = [copy, &proxy] {
+      copy.for_each([&](uint32_t shared, const char* global) {
+        const char zero[4] = {};
+        proxy.write(shared, global != nullptr ? global : zero, static_cast<size_t>(copy.element));
+      });
+    };
+    proxy.begin_load(offset, copy.offset, copy.bytes(), perform, place);
+  }
 }
 
 void begin_store(const TensorCopy& copy, Place place) {

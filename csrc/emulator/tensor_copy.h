@@ -25,7 +25,10 @@ struct TensorCopy {
   void for_each(Function element_function) const;
 };
 
-void begin_load(const TensorCopy& copy, uint64_t* barrier, Place place);
+// To the same place in the shared memory of each block of the cluster whose bit is set, each with
+// its own barrier.
+void begin_load(const char* what, const TensorCopy& copy, uint64_t* barrier, unsigned blocks,
+                Place place);
 void begin_store(const TensorCopy& copy, Place place);
 
 }  // namespace vitkernels::emulator

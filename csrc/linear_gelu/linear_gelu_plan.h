@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/pair_plan.h"
+
 namespace vitkernels::linear_gelu {
 
 constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -72,7 +74,27 @@ inline GradPlan grad_plan(int64_t rows, int64_t N, int multiprocessors) {
   return {each, ceil_divide(rows, each)};
 }
 
-// ---- sm_90: shared memory
+// ---- sm_90: blocks that stay, in pairs with tiles of the same columns one below the other, but
+// where more than a sixteenth of the tiles would be empty
+
+struct Sm90Plan {
+  int cluster;        // blocks
+  int rows, columns;  // of tiles: M's a cluster at a time, N's
+  int items, blocks;  // of all pieces of K
+};
+
+inline Sm90Plan sm90_plan(int64_t M, int64_t N, int splits, int multiprocessors) {
+  const auto down = static_cast<int>(ceil_divide(M, kSm90Tile.m));
+  Sm90Plan p{};
+  p.cluster = blocks_of_pair(down, multiprocessors);
+  p.rows = static_cast<int>(ceil_divide(down, p.cluster));
+  p.columns = static_cast<int>(ceil_divide(N, kSm90Tile.n));
+  p.items = p.rows * p.columns * splits;
+  p.blocks = std::min(p.items, multiprocessors / p.cluster) * p.cluster;
+  return p;
+}
+
+// Shared memory.
 
 // Stages of A and B, then a buffer of the results of each of two warpgroups, then barriers.
 constexpr int sm90_stage_bytes() { return (kSm90Tile.m + kSm90Tile.n) * kSm90Tile.k * 2; }

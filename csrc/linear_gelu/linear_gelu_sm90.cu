@@ -6,17 +6,25 @@
 //   x 128 sums in 128 registers each: while one multiplies, the other adds the bias, takes GELU and
 //   sends its results away, so that tensor cores wait for neither. One begins when the other has
 //   seen all its stages: who waits for a stage's next phase must know that the one before is over.
+// Blocks come in pairs (clusters), which have two tiles of the same columns, one below the other:
+// each
+//   brings its own A and half of B to both, so that a step of 64 k is 24 KB from L2, not 32: 48
+//   bytes a cycle and multiprocessor beside 512 cycles of products, and the machine's L2 has about
+//   40 to 55 to give. A stage is empty when both blocks have multiplied it. Where pairs would leave
+//   more than a sixteenth of the tiles empty, each block is alone.
 // Results in the products' dtype go through the warpgroup's own shared memory, swizzled, and out by
 //   TMA, which cuts them at M and N; partial sums and fp32 go straight to global memory.
-// Tiles go down eight rows of tiles before they go right: eight tiles of A and what the machine has
+// Tiles go down eight rows (pairs) of tiles before they go right: eight tiles of A and what the
+// machine has
 //   of B stay in L2.
 // Floor: 790 TFLOP/s measured on an H200: ViT-B's fc1 (50,432 x 768 x 3072, 238 GFLOP) 301 us. A
 //   tile is 12 steps of 512 cycles; exact GELU and conversion of 16,384 results are about 40
 //   instructions of 128 lanes at 4 a cycle each: 5,100 cycles beside 6,144 of products.
-// Grid: a block for each multiprocessor, 384 threads, 192 KB of shared memory. Not measured.
+// Grid: a block for each multiprocessor, 384 threads, 192 KB of shared memory. Not measured. Launch
+// settings: linear_gelu_plan.h.
 #include <algorithm>
 
-#include "common/tma.cuh"
+#include "common/pair.cuh"
 #include "common/wgmma.cuh"
 #include "linear_gelu/linear_gelu_activation.cuh"
 #include "linear_gelu/linear_gelu_cuda.h"
@@ -37,19 +45,18 @@ struct Maps {
   TensorMap a, b, h, y;
 };
 
-// What is done: tile i of all pieces of K.
+// What is done: item i of all pieces of K, a tile of each block of a cluster, below each other.
 struct Work {
-  int rows, columns, tiles;  // tiles of M and N; all items
-  int steps;                 // of 64 k in a piece, but for the last
-
-  VK_DEVICE void find(int item, int* row, int* column, int* piece) const {
+  int cluster;               // blocks
+  int rows, columns, items;  // tiles of M, as many times as a cluster has, and N; all
+  VK_DEVICE void find(int item, int rank, int* row, int* column, int* piece) const {
     const int of_piece = rows * columns;
     *piece = item / of_piece;
     const int tile = item % of_piece;
     const int group = tile / (kTileGroup * columns), inside = tile % (kTileGroup * columns);
     const int height =
         rows - group * kTileGroup < kTileGroup ? rows - group * kTileGroup : kTileGroup;
-    *row = group * kTileGroup + inside % height;
+    *row = (group * kTileGroup + inside % height) * cluster + rank;
     *column = inside / height;
   }
   VK_DEVICE int steps_of(const ProductArgs& a, int piece) const {
@@ -72,14 +79,26 @@ struct Ring {
   VK_DEVICE char* b() const { return a() + kOperandBytes; }
 };
 
-// 128 rows from `row` on and 64 k from `k` on of one operand, as two boxes or one.
+// 128 rows from `row` on and 64 k from `k` on of A, as two boxes or one.
 template <Major MAJOR>
-VK_DEVICE void load_operand(char* stage, const TensorMap& map, MBarrier* barrier, int row, int k) {
+VK_DEVICE void load_a(char* stage, const TensorMap& map, MBarrier* full, int row, int k) {
   if constexpr (MAJOR == Major::kK) {
-    tma_load(stage, map, barrier, {k, row});
+    tma_load(stage, map, full, {k, row});
   } else {
-    tma_load(stage, map, barrier, {row, k});
-    tma_load(stage + kPanel, map, barrier, {row + 64, k});
+    tma_load(stage, map, full, {row, k});
+    tma_load(stage + kPanel, map, full, {row + 64, k});
+  }
+}
+// The same of B as two boxes: both, or one for each block of the pair.
+template <Major MAJOR>
+VK_DEVICE void load_b(char* stage, const TensorMap& map, MBarrier* full, int column, int k,
+                      const Pair& pair) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (!pair.loads(half)) continue;
+    const int first = MAJOR == Major::kK ? k : column + 64 * half,
+              second = MAJOR == Major::kK ? column + 64 * half : k;
+    tma_load_multicast(stage + half * kPanel, map, full, {first, second}, pair.all());
   }
 }
 
@@ -143,26 +162,30 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int thread = static_cast<int>(threadIdx.x), group = thread / kGroupThreads;
   if (thread == 0) {
     for (int i = 0; i < kStages; ++i)
-      mbarrier_init(ring.full + i, 1), mbarrier_init(ring.empty + i, 4);  // a warpgroup's warps
+      mbarrier_init(ring.full + i, 1),
+          mbarrier_init(ring.empty + i, 4 * work.cluster);  // a warpgroup's warps
     mbarrier_fence_init();
   }
-  __syncthreads();
+  cluster_sync();
+  const Pair pair = {work.cluster, cluster_rank()};
+  const int first_item = static_cast<int>(blockIdx.x) / work.cluster,
+            items_apart = static_cast<int>(gridDim.x) / work.cluster;
 
   int row, column, piece;
   if (group == kGroups) {  // the producer
     give_up_registers<56>();
     if (thread % kGroupThreads != 0) return;
-    for (int item = static_cast<int>(blockIdx.x); item < work.tiles;
-         item += static_cast<int>(gridDim.x)) {
-      work.find(item, &row, &column, &piece);
+    for (int item = first_item; item < work.items; item += items_apart) {
+      work.find(item, pair.rank, &row, &column, &piece);
       const int steps = work.steps_of(a, piece);
       const int first_k = static_cast<int>(piece * a.k_per_split);
       for (int step = 0; step < steps; ++step, ++ring.i) {
         if (ring.i >= kStages) mbarrier_wait(ring.empty + ring.slot(), ring.phase() ^ 1);
         MBarrier* const full = ring.full + ring.slot();
         mbarrier_arrive_expect(full, 2 * kOperandBytes);
-        load_operand<A_MAJOR>(ring.a(), maps.a, full, row * kRows, first_k + step * kStep);
-        load_operand<B_MAJOR>(ring.b(), maps.b, full, column * kColumns, first_k + step * kStep);
+        const int k = first_k + step * kStep;
+        load_a<A_MAJOR>(ring.a(), maps.a, full, row * kRows, k);
+        load_b<B_MAJOR>(ring.b(), maps.b, full, column * kColumns, k, pair);
       }
     }
     return;
@@ -174,15 +197,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool first = thread % kGroupThreads == 0;
   bool sent = false;  // whether a store may still read `results`
   int turn = 0;
-  for (int item = static_cast<int>(blockIdx.x); item < work.tiles;
-       item += static_cast<int>(gridDim.x), turn ^= 1) {
-    work.find(item, &row, &column, &piece);
+  for (int item = first_item; item < work.items; item += items_apart, turn ^= 1) {
+    work.find(item, pair.rank, &row, &column, &piece);
     const int steps = work.steps_of(a, piece);
     if (turn != group) {  // the other's tile
       ring.i += steps;
       continue;
     }
-    if (item != static_cast<int>(blockIdx.x)) barrier_sync(3 + group, kGroups * kGroupThreads);
+    if (item != first_item) barrier_sync(3 + group, kGroups * kGroupThreads);
     float c[2][kColumns / 2];
     for (int step = 0; step < steps; ++step, ++ring.i) {
       mbarrier_wait(ring.full + ring.slot(), ring.phase());
@@ -199,14 +221,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       wgmma_commit();
       if (step > 0) {  // the products of the step before have read their stage
         wgmma_wait<1>();
-        if (lane == 0) mbarrier_arrive(ring.empty + (ring.i - 1) % kStages);
+        pair.release(ring.empty + (ring.i - 1) % kStages);
       }
     }
-    if (item + static_cast<int>(gridDim.x) < work.tiles)  // the other's turn
+    if (item + items_apart < work.items)  // the other's turn
       barrier_arrive(3 + (group ^ 1), kGroups * kGroupThreads);
     wgmma_wait<0>(c[0]);
     pin_registers(c[1]);
-    if (lane == 0) mbarrier_arrive(ring.empty + (ring.i - 1) % kStages);
+    pair.release(ring.empty + (ring.i - 1) % kStages);
 
     const int first_column = column * kColumns;
 #pragma unroll
@@ -247,6 +269,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   if (first && sent) wait_stores<0>();
+  cluster_sync();  // the other block may still release stages here
 }
 
 // ---- Host
@@ -262,8 +285,9 @@ TensorMap map_of(const void* data, DType dtype, int64_t stride, int64_t rows, in
                          Swizzle::k128);
 }
 
-TensorMap operand_map(const Matrix& m, Major major, int64_t size, int64_t K) {
-  return major == Major::kK ? map_of(m.data, m.dtype, m.stride, size, K, 128)
+// Boxes of so many rows with kK, of 64 k with kMN.
+TensorMap operand_map(const Matrix& m, Major major, int64_t size, int64_t K, int box_rows) {
+  return major == Major::kK ? map_of(m.data, m.dtype, m.stride, size, K, box_rows)
                             : map_of(m.data, m.dtype, m.stride, K, size, 64);
 }
 
@@ -282,23 +306,20 @@ bool leaves(const Out& out, int N, DType dtype) {
 template <DType TYPE>
 void launch(const Device& device, const ProductArgs& a) {
   Maps maps{};
-  maps.a = operand_map(a.a, a.a_major, a.M, a.K);
-  maps.b = operand_map(a.b, a.b_major, a.N, a.K);
+  maps.a = operand_map(a.a, a.a_major, a.M, a.K, kRows);
+  maps.b = operand_map(a.b, a.b_major, a.N, a.K, kColumns / 2);
   if (a.h.data != nullptr && a.h.dtype == TYPE)
     maps.h = map_of(a.h.data, TYPE, a.h.stride, a.M, a.N, kRows);
   if (a.y.data != nullptr && a.y.dtype == TYPE)
     maps.y = map_of(a.y.data, TYPE, a.y.stride, a.M, a.N, kRows);
-  Work work{};
-  work.rows = static_cast<int>(ceil_divide(a.M, kRows));
-  work.columns = static_cast<int>(ceil_divide(a.N, kColumns));
-  work.tiles = work.rows * work.columns * a.splits;
+  const Sm90Plan p = sm90_plan(a.M, a.N, a.splits, device.multiprocessors());
+  const Work work = {p.cluster, p.rows, p.columns, p.items};
   auto kernel = product_kernel<TYPE, Major::kK, Major::kK>;
   if (a.b_major == Major::kMN)
     kernel = a.a_major == Major::kK ? product_kernel<TYPE, Major::kK, Major::kMN>
                                     : product_kernel<TYPE, Major::kMN, Major::kMN>;
-  const int blocks = std::min(work.tiles, device.multiprocessors());
-  device.launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), sm90_shared_bytes(),
-                maps, a, work);
+  device.launch_cluster(kernel, p.cluster, dim3(static_cast<unsigned>(p.blocks)), dim3(kThreads),
+                        sm90_shared_bytes(), maps, a, work);
 }
 
 }  // namespace

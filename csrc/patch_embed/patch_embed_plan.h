@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/pair_plan.h"
+
 namespace vitkernels::patch_embed {
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -70,8 +72,10 @@ constexpr int kWayOutColumns = 32, kWayOutStride = 36;  // floats
 constexpr int kWayOutBytes = 16 * kWayOutStride * 4;    // of a warp
 
 struct Plan {
-  int width;  // columns of a tile of tokens
-  int64_t tiles, blocks, shared_bytes;
+  int width;      // columns of a tile of tokens
+  int pair;       // blocks with the same columns of neighbouring rows of tiles
+  int64_t items;  // tiles, as many at a time as a pair has
+  int64_t blocks, shared_bytes;
 };
 
 constexpr int64_t shared_bytes(int width, int places) {
@@ -88,8 +92,11 @@ inline int width_for(int D) {
 
 inline Plan plan(int rows, int D, int places, int multiprocessors) {
   const int width = width_for(D);
-  const int64_t tiles = divide_up(rows, kRows) * divide_up(D, width);
-  return {width, tiles, std::min<int64_t>(tiles, multiprocessors), shared_bytes(width, places)};
+  const int64_t down = divide_up(rows, kRows);
+  const int pair = blocks_of_pair(down, multiprocessors);
+  const int64_t items = divide_up(down, pair) * divide_up(D, width);
+  return {width, pair, items, std::min<int64_t>(items, multiprocessors / pair) * pair,
+          shared_bytes(width, places)};
 }
 
 // ---- Backward
@@ -124,8 +131,14 @@ constexpr int64_t product_bytes(int panels) {
   return int64_t{kStages} * (panels + kTileColumns / 64) * kPanelBytes;
 }
 
+// Blocks with the same rows of gradients, and neighbouring columns of a patch.
+inline int pair_of(int columns, int multiprocessors) {
+  return multiprocessors >= 2 && divide_up(columns, kTileColumns) % 2 == 0 ? 2 : 1;
+}
+
 struct DWeightPlan {
   int features;  // of a tile: 128 or 256
+  int pair;
   int64_t tiles;
   Split split;  // of the groups
   int64_t shared_bytes;
@@ -134,6 +147,7 @@ inline DWeightPlan dweight_plan(const Groups& groups, int D, int columns, int mu
   DWeightPlan p{};
   // The wide tile, which gathers each pixel half as often, where at most a sixth of it is empty.
   p.features = divide_up(D, 256) * 256 * 6 <= int64_t{D} * 7 ? 256 : 128;
+  p.pair = pair_of(columns, multiprocessors);
   p.tiles = divide_up(D, p.features) * divide_up(columns, kTileColumns);
   p.split = split(p.tiles, groups.count, multiprocessors);
   p.shared_bytes = product_bytes(p.features / 64) + 4 * kTileColumns + 128;
@@ -141,11 +155,13 @@ inline DWeightPlan dweight_plan(const Groups& groups, int D, int columns, int mu
 }
 
 struct DImagesPlan {
+  int pair;
   int64_t tiles, blocks, shared_bytes;  // tiles of four groups
 };
 inline DImagesPlan dimages_plan(const Groups& groups, int columns, int multiprocessors) {
   const int64_t tiles = divide_up(groups.count, 4) * divide_up(columns, kTileColumns);
-  return {tiles, std::min<int64_t>(tiles, multiprocessors),
+  const int pair = pair_of(columns, multiprocessors);
+  return {pair, tiles, std::min<int64_t>(tiles, multiprocessors / pair * pair),
           product_bytes(4) + 8 * kWayOutBytes + 128};
 }
 }  // namespace sm90

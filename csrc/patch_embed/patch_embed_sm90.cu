@@ -11,6 +11,8 @@
 //                     for pixels of two stages later in L2, reads, centres, rounds and stores those
 //                     of this one to swizzled shared memory (a warp's stores have no bank
 //                     conflict); one thread loads the weight's box by TMA
+// Blocks come in pairs (clusters), which have the same columns of neighbouring rows of tiles: each
+// loads half of the weight's box for both, 24 KB of a stage from L2 instead of 40.
 // Each channel is padded to whole stages (14 x 14: 3 * 256; without statistics 640), 4 x 4 to a
 // fourfold. The sums leave through 2.25 KB a warp, 16 bytes a lane. Tiles of the same patches
 // follow each other, so that their pixels stay in L2. The prefix tokens are written by the
@@ -19,7 +21,7 @@
 // ViT-B/16, B 256, uint8: 59.2 GFLOP, 75 us at 790 TFLOP/s; least bytes 38.5 MB of pixels, 77 MB of
 // tokens, 1.2 MB of weight, 27 us at 4.3 TB/s. A stage is 1024 cycles of products; its pixels are
 // 8192 bytes from L2 and 3.5 instructions each, 230 cycles of the four schedulers; the weight is
-// 32 KB from L2. 1176 tiles on 132 multiprocessors: 8.9 of 9 rounds.
+// 16 KB from L2, and 16 from the other block. 1176 tiles on 132 multiprocessors: 8.9 of 9 rounds.
 // Grid: a block for each multiprocessor, of 384 threads; 213 KB of shared memory at that shape. Not
 // measured yet. Launch settings: patch_embed_plan.h.
 #include "patch_embed/patch_embed_sm90.cuh"
@@ -29,9 +31,17 @@ namespace {
 
 using namespace sm90;
 
+// Tiles of a block: of each item, one.
 struct Tiles {
   int across;
-  int64_t count;
+  int64_t items;  // of all blocks, or pairs
+
+  VK_DEVICE int row(int64_t item, const Pair& pair) const {
+    return (static_cast<int>(item / across) * pair.blocks + pair.rank) * kRows;
+  }
+  VK_DEVICE int column(int64_t item, int width) const {
+    return static_cast<int>(item % across) * width;
+  }
 };
 
 // What both roles know.
@@ -58,8 +68,9 @@ VK_DEVICE void gather(const Shared<WIDTH>& shared, Ring ring, const TensorMap& m
   const int thread = static_cast<int>(threadIdx.x) - kConsumerWarps * kWarp;
   const int of_segment = columns.tiles(), total = columns.segments * of_segment;
   const int pixel_bytes = a.images.bytes ? 1 : static_cast<int>(size_of(a.images.dtype));
-  for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-    const int row = static_cast<int>(tile / tiles.across) * kRows + thread;
+  for (int64_t item = blockIdx.x / ring.pair.blocks; item < tiles.items;
+       item += gridDim.x / ring.pair.blocks) {
+    const int row = tiles.row(item, ring.pair) + thread;
     const int64_t patch = patch_place(a, a.images, min(row, a.rows() - 1));
 #pragma unroll 1
     for (int i = 0; i < total; ++i) {
@@ -79,8 +90,12 @@ VK_DEVICE void gather(const Shared<WIDTH>& shared, Ring ring, const TensorMap& m
       ring.wait_empty();
       if (thread == 0) {
         mbarrier_arrive_expect(full, Shared<WIDTH>::kWeightBytes);
-        tma_load(shared.weight(ring.slot), map, full,
-                 {from, static_cast<int>(tile % tiles.across) * WIDTH});
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          if (ring.pair.loads(half))
+            tma_load_multicast(shared.weight(ring.slot) + half * Shared<WIDTH>::kWeightBytes / 2,
+                               map, full, {from, tiles.column(item, WIDTH) + half * WIDTH / 2},
+                               ring.pair.all());
       }
       char* pixels = shared.pixels(ring.slot);
 #pragma unroll
@@ -104,10 +119,9 @@ VK_DEVICE void multiply(const Shared<WIDTH>& shared, Ring ring, const Args& a,
   const int warp = static_cast<int>(threadIdx.x) / kWarp,
             lane = static_cast<int>(threadIdx.x) % kWarp;
   const int group = warp / 4;
-  const auto release = [&](int slot) {
-    if (lane == 0) mbarrier_arrive(ring.empty + slot);
-  };
-  for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+  const auto release = [&](int slot) { ring.pair.release(ring.empty + slot); };
+  for (int64_t item = blockIdx.x / ring.pair.blocks; item < tiles.items;
+       item += gridDim.x / ring.pair.blocks) {
     float sums[WIDTH / 2] = {};
     for (int segment = 0; segment < columns.segments; ++segment) {
       const auto begin = [&](int step) {
@@ -139,8 +153,8 @@ VK_DEVICE void multiply(const Shared<WIDTH>& shared, Ring ring, const Args& a,
       for (int i = 0; i < WIDTH / 2; ++i) sums[i] *= by;
       pin_registers(sums);
     }
-    const int row0 = static_cast<int>(tile / tiles.across) * kRows + warp * 16;
-    const int column0 = static_cast<int>(tile % tiles.across) * WIDTH;
+    const int row0 = tiles.row(item, ring.pair) + warp * 16;
+    const int column0 = tiles.column(item, WIDTH);
     const OutRows rows = out_rows(a, row0, lane);
 #pragma unroll
     for (int j = 0; j < WIDTH / kWayOutColumns; ++j)
@@ -152,16 +166,15 @@ VK_DEVICE void multiply(const Shared<WIDTH>& shared, Ring ring, const Args& a,
 template <DType TYPE, int WIDTH>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ TensorMap map, Args a, Padded columns, Source source,
-                   const float* bias, Tiles tiles) {
+                   const float* bias, Tiles tiles, int pair_blocks) {
   check_launch_bounds<kThreads>();
   VK_SWIZZLED_SHARED(char, memory);
   const Shared<WIDTH> shared = {memory};
   auto* barriers = reinterpret_cast<MBarrier*>(shared.places() + columns.columns());
-  const Ring ring = {barriers, barriers + kStages};
-  // Full: the pixels, by a lane of each of four warps, and the weight's bytes.
-  if (threadIdx.x == 0) ring.initialize(1 + kGatherers / kWarp);
+  const Ring ring = {barriers, barriers + kStages, {pair_blocks, cluster_rank()}};
   write_places(a, columns, shared.places());
-  __syncthreads();
+  // Full: the pixels, by a lane of each of four warps, and the weight's bytes.
+  ring.begin(1 + kGatherers / kWarp);
   if (threadIdx.x < kConsumerWarps * kWarp) {
     take_registers<kConsumerRegisters>();
     multiply<TYPE, WIDTH>(shared, ring, a, columns, bias, tiles);
@@ -171,18 +184,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     write_prefix(a, static_cast<int64_t>(blockIdx.x) * kGatherers + threadIdx.x % kGatherers,
                  static_cast<int64_t>(gridDim.x) * kGatherers);
   }
+  cluster_sync();  // the other block may still release stages here
 }
 
 template <DType TYPE, int WIDTH>
 void launch(const Device& device, const Args& a, const Prepared& prepared, const Plan& p) {
   const Padded columns = padded(a, kDepth);
   const TensorLayout layout = {
-      2, {columns.columns(), a.D}, {1, columns.columns()}, {kDepth, WIDTH}};
+      2, {columns.columns(), a.D}, {1, columns.columns()}, {kDepth, WIDTH / 2}};
   const TensorMap map = make_tensor_map(prepared.weight, TYPE, layout, Swizzle::k128);
-  const Tiles tiles = {static_cast<int>(divide_up(a.D, WIDTH)), p.tiles};
-  device.launch(forward_kernel<TYPE, WIDTH>, dim3(static_cast<unsigned>(p.blocks)), dim3(kThreads),
-                static_cast<size_t>(p.shared_bytes), map, a, columns, source_of(a), prepared.bias,
-                tiles);
+  const Tiles tiles = {static_cast<int>(divide_up(a.D, WIDTH)), p.items};
+  device.launch_cluster(forward_kernel<TYPE, WIDTH>, p.pair, dim3(static_cast<unsigned>(p.blocks)),
+                        dim3(kThreads), static_cast<size_t>(p.shared_bytes), map, a, columns,
+                        source_of(a), prepared.bias, tiles, p.pair);
 }
 
 template <DType TYPE>

@@ -2,7 +2,7 @@
 // stages between them.
 #pragma once
 
-#include "common/tma.cuh"
+#include "common/pair.cuh"
 #include "common/wgmma.cuh"
 #include "patch_embed/patch_embed_gather.cuh"
 
@@ -13,18 +13,22 @@ constexpr int kGatherers = kThreads - kConsumers;                       // the l
 // 128 * (2 * 200 + 104) of 65,536 registers.
 constexpr int kConsumerRegisters = 200, kGathererRegisters = 104;
 
-// A stage is empty when the warps that multiply have done so.
+// A stage is empty when the warps that multiply have done so, those of both blocks of a pair.
 struct Ring {
   MBarrier *full, *empty;
+  Pair pair;
   int slot = 0, phase = 0;
 
-  // One thread, before a barrier of the block.
-  VK_DEVICE void initialize(int arrivals_until_full) const {
-    for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(full + i, arrivals_until_full);
-      mbarrier_init(empty + i, kConsumerWarps);
+  // The block's barriers, before either block of a pair goes on.
+  VK_DEVICE void begin(int arrivals_until_full) const {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < kStages; ++i) {
+        mbarrier_init(full + i, arrivals_until_full);
+        mbarrier_init(empty + i, kConsumerWarps * pair.blocks);
+      }
+      mbarrier_fence_init();
     }
-    mbarrier_fence_init();
+    cluster_sync();
   }
   VK_DEVICE void advance() {
     if (++slot == kStages) slot = 0, phase ^= 1;

@@ -28,6 +28,13 @@ class Device {
     emulator::launch(kernel, {grid, block, shared_bytes}, arguments...);
   }
 
+  template <class... Parameters, class... Arguments>
+  void launch_cluster(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block,
+                      size_t shared_bytes, const Arguments&... arguments) const {
+    emulator::launch(kernel, {grid, block, shared_bytes, static_cast<unsigned>(cluster)},
+                     arguments...);
+  }
+
   // Kept until launch_dependent, which must follow.
   template <class... Parameters, class... Arguments>
   void launch_leading(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,

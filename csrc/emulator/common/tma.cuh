@@ -47,8 +47,8 @@ TensorCopy tensor_copy(const char* what, const TensorMap& map, const void* share
 template <int RANK>
 void tma_load(void* to_shared, const TensorMap& map, MBarrier* barrier, const int (&at)[RANK],
               VkPlace place = VkPlace::here()) {
-  emulator::begin_load(emulator::tensor_copy("tma_load", map, to_shared, at, place),
-                       &barrier->state, place);
+  emulator::begin_load("tma_load", emulator::tensor_copy("tma_load", map, to_shared, at, place),
+                       &barrier->state, 1u << emulator::cluster_rank(), place);
 }
 template <int RANK>
 void tma_store(const TensorMap& map, const void* from_shared, const int (&at)[RANK],
