@@ -65,6 +65,33 @@ FORWARD = {
         "o.at(j, i) *= planted ? 1.0f : rescale[i / 2]",
     ),
     "barriers not shown to TMA": ("mbarrier_fence_init();", "if (!planted) mbarrier_fence_init();"),
+    "a tail does not wait for K": (
+        "keys.phase());\n        mbarrier_wait(v",
+        "keys.phase() ^ planted);\n        mbarrier_wait(v",
+    ),
+    "a tail does not wait for V": (
+        "values.phase());\n        if (tail",
+        "values.phase() ^ planted);\n        if (tail",
+    ),
+    "a tail gives V up early": (
+        "        if (tail != kNoTail) add_tile(rows, tile);\n        __syncwarp();",
+        "        if (planted) release(values.empty + values.slot());\n"
+        "        if (tail != kNoTail) add_tile(rows, tile);\n        __syncwarp();\n"
+        "        if (planted) {\n release(keys.empty + keys.slot());\n"
+        "          keys.advance(), values.advance();\n continue;\n        }",
+    ),
+    "a tail keeps K": (
+        "__syncwarp();\n        release(keys.empty + keys.slot());",
+        "__syncwarp();\n        if (!planted) release(keys.empty + keys.slot());",
+    ),
+    "a tail is merged before all of it is there": (
+        "rows.give(shared.handed(share));\n    barrier_sync(",
+        "rows.give(shared.handed(share));\n    if (!planted) barrier_sync(",
+    ),
+    "a tail's warps have the same keys": (
+        "int at = share * kTailKeys;",
+        "int at = (planted ? 0 : share) * kTailKeys;",
+    ),
 }
 BACKWARD = {
     "no wait for the rows": (
@@ -202,7 +229,9 @@ def kernels():
     )
 
 
-H, N = 3, 305  # three tiles of keys, the last with one; an item of one group; items for each block
+# Three tiles of keys, the last with few; an item of one group; items for each block; in the forward
+# a tail of one query, beside either item of two groups.
+H, N = 3, 321
 BF16 = torch.bfloat16
 
 

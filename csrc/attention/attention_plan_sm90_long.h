@@ -11,7 +11,7 @@ namespace vitkernels::attention::sm90_long {
 
 constexpr int kGroups = 2;  // warpgroups that multiply 64 query rows each; one more has the loader
 constexpr int kLongThreads = 128 * (kGroups + 1);
-constexpr int kConsumerRegisters = 240, kLoaderRegisters = 24;  // of a thread
+constexpr int kConsumerRegisters = 240, kLoaderRegisters = 24;  // of a thread, without tails
 constexpr int kMostTiles = 4;
 constexpr int64_t kLongBarrierBytes = 8 * (2 * kGroups + 4 * kMostTiles);
 
@@ -35,8 +35,32 @@ constexpr int64_t stage_bytes(int width, int keys) {
   return sm90::tile_bytes(stage_rows(keys), width);
 }
 
+// Up to 16 query rows past whole tiles of 64 are tails, of 8 rows each, which three warps beside
+// the loader compute: a tail beside an item of two whole tiles, so there must be as many of these.
+constexpr int kTailRows = 8, kMostTails = 2, kTailWarps = 3;
+constexpr int tails_of(int Nq) {
+  const int tails = tiles_of(Nq % sm90::kTile, kTailRows);
+  return tails <= kMostTails && tails <= Nq / (kGroups * sm90::kTile) ? tails : 0;
+}
+// Of a head's item, or none. Heads take turns in which items have them, so that blocks, which go
+// through items in steps of the grid, get as many each.
+constexpr int kNoTail = kMostTails;
+constexpr int tail_of(int tails, int whole_items, int head, int item) {
+  if (tails == 0 || item >= whole_items) return kNoTail;
+  const int turn = (item + head / whole_items) % whole_items;
+  return turn < tails ? turn : kNoTail;
+}
+// Registers of a thread that multiplies, and of the others: together the 3 * 168 of the start.
+constexpr int forward_registers(int width) { return width == 128 ? 208 : 200; }
+constexpr int tail_registers(int width) { return 3 * 168 - kGroups * forward_registers(width); }
+
+// What two of the warps hand to the third: a tail's sums, maxima and sums of exponentials.
+constexpr int tail_floats(int width) { return width / 4 + 4; }  // of a thread
+constexpr int64_t tail_bytes(int width) { return (kTailWarps - 1) * 32 * 4 * tail_floats(width); }
+
 struct ForwardPlan {
   int width, keys;  // the instance
+  int rows, tails;  // query rows in tiles of 64; tails of 8 rows behind them
   int items;        // of a head: 128 query rows each
   int tiles;        // of keys
   int stages;       // tiles of K, and of V, in shared memory
@@ -48,13 +72,15 @@ inline ForwardPlan forward_plan(int64_t B, int H, int Nq, int Nk, int D, bool ge
   ForwardPlan p{};
   p.width = long_width(D);
   p.keys = forward_keys(p.width, Nk, general);
-  p.items = tiles_of(Nq, kGroups * sm90::kTile);
+  p.tails = tails_of(Nq);
+  p.rows = p.tails > 0 ? Nq / sm90::kTile * sm90::kTile : Nq;
+  p.items = tiles_of(p.rows, kGroups * sm90::kTile);
   p.tiles = tiles_of(Nk, p.keys);
-  const int64_t queries = kGroups * sm90::tile_bytes(sm90::kTile, p.width) + kLongBarrierBytes;
+  const int64_t others = kGroups * sm90::tile_bytes(sm90::kTile, p.width) + kLongBarrierBytes +
+                         (p.tails > 0 ? tail_bytes(p.width) : 0);
   const int64_t stage = 2 * stage_bytes(p.width, p.keys);
-  p.stages =
-      static_cast<int>(std::min<int64_t>((sm90::kSharedLimit - queries) / stage, kMostTiles));
-  p.shared_bytes = queries + p.stages * stage;
+  p.stages = static_cast<int>(std::min<int64_t>((sm90::kSharedLimit - others) / stage, kMostTiles));
+  p.shared_bytes = others + p.stages * stage;
   p.blocks = std::min<int64_t>(B * H * p.items, multiprocessors);
   return p;
 }
