@@ -7,18 +7,24 @@
 //               tile before are under way together; the two groups take turns to begin them, so
 //               that the exponentials of one run beside the products of the other
 //   8           one lane loads: K and V through a ring each, the next item's behind this one's
+//   9..11       up to 16 rows past whole tiles (577 = 9 * 64 + 1) in tails of 8, by mma.sync: a
+//               third of each tile's keys a warp, beside an item that has a tile for either group,
+//               from the K and V that are there (attention_sm90_long_tail.cuh)
 // Tiles of keys are of 152 or 176, whichever computes fewer columns in vain (577 = 4 * 152 - 31,
 // 1370 = 8 * 176 - 38), so that only the last has a mask and no tile is a sliver.
 //
 // Least bytes: Q, K, V once, O once. B 64, H 12, N 577, D 64: 227 MB, 53 us at 4.3 TB/s; products
-// 65 GFLOP = 83 us at 790 TFLOP/s, 96 us with padding (95% of columns, 90% of rows; rows past the
-// 64 of a warpgroup are not computed: 577 is 10 tiles of 64). Exponentials: 256 M of 16 a clock and
-// multiprocessor = 69 us, which the turns overlap. N 1370: 97% of columns and rows.
+// 65 GFLOP = 83 us at 790 TFLOP/s, 87 us with padding (95% of columns). Exponentials: 256 M of 16 a
+// clock and multiprocessor = 69 us, which the turns overlap. N 1370: 97% of columns and rows.
+// A tile of 64 rows and 608 keys is 2500 clocks of the four tensor cores and 2430 of exponentials;
+// a tail 304 products of 16 x 8 x 16, 700 clocks of three (at 60% of wgmma's rate), and 400 of
+// exponentials. So 577 has 9 tiles and a tail instead of 10 tiles: 6% less; and 1025 has 8 items
+// instead of 9, of which the last would be one row for one group.
 // One item at a time would pay 1 to 2 us of start for each 6 us of work, hence blocks that stay:
 // 3840 items of the first shape are 29.1 rounds of 132.
 //
-// Grid: a block for each multiprocessor, 384 threads; 240 registers a consumer's thread. Not
-// measured yet. Launch settings: attention_plan_sm90_long.h.
+// Grid: a block for each multiprocessor, 384 threads; 200 or 208 registers a thread that multiplies.
+// Not measured yet. Launch settings: attention_plan_sm90_long.h.
 #include "attention/attention_sm90_long_tail.cuh"
 
 namespace vitkernels::attention {
