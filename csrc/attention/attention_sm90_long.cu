@@ -23,8 +23,8 @@
 // One item at a time would pay 1 to 2 us of start for each 6 us of work, hence blocks that stay:
 // 3840 items of the first shape are 29.1 rounds of 132.
 //
-// Grid: a block for each multiprocessor, 384 threads; 200 or 208 registers a thread that multiplies.
-// Not measured yet. Launch settings: attention_plan_sm90_long.h.
+// Grid: a block for each multiprocessor, 384 threads; 200 or 208 registers a thread that
+// multiplies. Not measured yet. Launch settings: attention_plan_sm90_long.h.
 #include "attention/attention_sm90_long_tail.cuh"
 
 namespace vitkernels::attention {

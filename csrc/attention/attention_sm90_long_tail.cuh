@@ -21,6 +21,37 @@ VK_DEVICE float query_max(float x) {
   return x;
 }
 
+// The tail's rows of a view as the B operand of products over columns of the head, 0 where there is
+// no such row or column.
+template <int STEPS>
+VK_DEVICE void load_tail(FragmentB (&to)[STEPS], const HeadView& view, Head head, int row, int rows,
+                         int D) {
+  const int mine = row + lane_index() / 4;
+  const auto* from = static_cast<const uint16_t*>(view.data) + head.b * view.batch +
+                     head.h * view.head + mine * view.row + lane_index() % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 2 * STEPS; ++i)
+    to[i / 2].r[i % 2] =
+        mine < rows && 8 * i < D ? *reinterpret_cast<const uint32_t*>(from + 8 * i) : 0;
+}
+
+// Stores what is of the tail's rows, times `by` of each of the thread's two: element by element,
+// for it is one row, or a few, of a head.
+template <DType TYPE, int STEPS>
+VK_DEVICE void store_tail(const FragmentC (&o)[STEPS], const float (&by)[2], const HeadView& view,
+                          Head head, int row, int rows, int D) {
+  const int mine = row + lane_index() % 4 * 2;
+  auto* out = static_cast<uint16_t*>(view.data) + head.b * view.batch + head.h * view.head +
+              mine * view.row + lane_index() / 4;
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int i = 0; i < 2 * STEPS; ++i)
+      if (mine + n < rows && 8 * i < D)
+        out[n * view.row + 8 * i] =
+            static_cast<uint16_t>(pack<TYPE>(o[i / 2].v[i % 2 * 2 + n] * by[n], 0.0f));
+}
+
 template <DType TYPE, int WIDTH, bool GENERAL>
 struct Tail {
   static constexpr int kSteps = WIDTH / 16, kParts = kTailKeys / 16;
@@ -34,16 +65,7 @@ struct Tail {
 
   VK_DEVICE int query() const { return row + lane_index() % 4 * 2; }  // of element 0
 
-  VK_DEVICE void load_queries() {
-    const int mine = row + lane_index() / 4;
-    if (mine >= a.Nq) return;
-    const Head head = head_at(a, index);
-    const auto* from = static_cast<const uint16_t*>(a.q.data) + head.b * a.q.batch +
-                       head.h * a.q.head + mine * a.q.row + lane_index() % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 2 * kSteps; ++i)
-      if (8 * i < a.D) q[i / 2].r[i % 2] = *reinterpret_cast<const uint32_t*>(from + 8 * i);
-  }
+  VK_DEVICE void load_queries() { load_tail(q, a.q, head_at(a, index), row, a.Nq, a.D); }
 
   // Raises the maxima to those of new scores; what was summed before is scaled accordingly.
   VK_DEVICE void raise_to(const float (&s)[4 * kParts], float (&low)[2]) {
@@ -157,31 +179,22 @@ struct Tail {
     }
   }
 
-  // Elements one by one: it is one row, or a few, of a head.
   VK_DEVICE void store() const {
-    const int first = lane_index() / 4;  // column, of 8
-    const Head head = head_at(a, index);
     const float kept = GENERAL && a.dropout.seed != nullptr ? a.dropout.scale : 1.0f;
+    float by[2];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       float total = sum[n];
 #pragma unroll
       for (int offset = 4; offset < kWarp; offset *= 2)
         total += __shfl_xor_sync(kAllLanes, total, offset);
-      if (query() + n >= a.Nq) continue;
-      const float by = total == 0.0f ? 0.0f : kept / total;  // 0: fully masked
-      if (first == 0) {
+      by[n] = total == 0.0f ? 0.0f : kept / total;  // 0: fully masked
+      if (lane_index() < 4 && query() + n < a.Nq) {
         const float low = top[n] == -INFINITY ? 0.0f : top[n];
         a.lse[static_cast<int64_t>(index) * a.Nq + query() + n] = fmaf(low, kLn2, logf(total));
       }
-      auto* out = static_cast<uint16_t*>(a.out.data) + head.b * a.out.batch + head.h * a.out.head +
-                  (query() + n) * a.out.row;
-#pragma unroll
-      for (int i = 0; i < 2 * kSteps; ++i)
-        if (8 * i < a.D)
-          out[8 * i + first] =
-              static_cast<uint16_t>(pack<TYPE>(o[i / 2].v[i % 2 * 2 + n] * by, 0.0f));
     }
+    store_tail<TYPE>(o, by, a.out, head_at(a, index), row, a.Nq, a.D);
   }
 };
 
