@@ -19,6 +19,28 @@ constexpr int long_width(int D) { return std::max(64, sm90::padded_width(D)); }
 
 constexpr int tiles_of(int n, int tile) { return (n + tile - 1) / tile; }
 
+// ---- Tails
+
+// Up to 16 rows past whole tiles of 64 are tails, of 8 rows each, which three warps beside the
+// loader compute: a tail beside an item of two whole tiles, so there must be as many of these.
+constexpr int kTailRows = 8, kMostTails = 2;
+constexpr int kTailShares = 3;  // warps, each with a share of the other side's rows
+constexpr int tails_of(int rows) {
+  const int tails = tiles_of(rows % sm90::kTile, kTailRows);
+  return tails <= kMostTails && tails <= rows / (kGroups * sm90::kTile) ? tails : 0;
+}
+constexpr int rows_before(int tails, int rows) {
+  return tails > 0 ? rows / sm90::kTile * sm90::kTile : rows;
+}
+// Of a head's item, or none. Heads take turns in which items have them, so that blocks, which go
+// through items in steps of the grid, get as many each.
+constexpr int kNoTail = kMostTails;
+constexpr int tail_of(int tails, int whole_items, int head, int item) {
+  if (tails == 0 || item >= whole_items) return kNoTail;
+  const int turn = (item + head / whole_items) % whole_items;
+  return turn < tails ? turn : kNoTail;
+}
+
 // ---- Forward
 
 // Keys of a product. For head dims to 64 without bias, masks and dropout there are two instances:
@@ -35,28 +57,12 @@ constexpr int64_t stage_bytes(int width, int keys) {
   return sm90::tile_bytes(stage_rows(keys), width);
 }
 
-// Up to 16 query rows past whole tiles of 64 are tails, of 8 rows each, which three warps beside
-// the loader compute: a tail beside an item of two whole tiles, so there must be as many of these.
-constexpr int kTailRows = 8, kMostTails = 2, kTailWarps = 3;
-constexpr int tails_of(int Nq) {
-  const int tails = tiles_of(Nq % sm90::kTile, kTailRows);
-  return tails <= kMostTails && tails <= Nq / (kGroups * sm90::kTile) ? tails : 0;
-}
-// Of a head's item, or none. Heads take turns in which items have them, so that blocks, which go
-// through items in steps of the grid, get as many each.
-constexpr int kNoTail = kMostTails;
-constexpr int tail_of(int tails, int whole_items, int head, int item) {
-  if (tails == 0 || item >= whole_items) return kNoTail;
-  const int turn = (item + head / whole_items) % whole_items;
-  return turn < tails ? turn : kNoTail;
-}
 // Registers of a thread that multiplies, and of the others: together the 3 * 168 of the start.
 constexpr int forward_registers(int width) { return width == 128 ? 208 : 200; }
-constexpr int tail_registers(int width) { return 3 * 168 - kGroups * forward_registers(width); }
+constexpr int registers_beside(int registers) { return 3 * 168 - kGroups * registers; }
 
-// What two of the warps hand to the third: a tail's sums, maxima and sums of exponentials.
-constexpr int tail_floats(int width) { return width / 4 + 4; }  // of a thread
-constexpr int64_t tail_bytes(int width) { return (kTailWarps - 1) * 32 * 4 * tail_floats(width); }
+// What two of the tails' warps hand to the third: sums, maxima and sums of exponentials.
+constexpr int handed_bytes(int width) { return 32 * 16 * (width / 16 + 1); }  // by one of them
 
 struct ForwardPlan {
   int width, keys;  // the instance
@@ -73,11 +79,11 @@ inline ForwardPlan forward_plan(int64_t B, int H, int Nq, int Nk, int D, bool ge
   p.width = long_width(D);
   p.keys = forward_keys(p.width, Nk, general);
   p.tails = tails_of(Nq);
-  p.rows = p.tails > 0 ? Nq / sm90::kTile * sm90::kTile : Nq;
+  p.rows = rows_before(p.tails, Nq);
   p.items = tiles_of(p.rows, kGroups * sm90::kTile);
   p.tiles = tiles_of(Nk, p.keys);
   const int64_t others = kGroups * sm90::tile_bytes(sm90::kTile, p.width) + kLongBarrierBytes +
-                         (p.tails > 0 ? tail_bytes(p.width) : 0);
+                         (p.tails > 0 ? (kTailShares - 1) * handed_bytes(p.width) : 0);
   const int64_t stage = 2 * stage_bytes(p.width, p.keys);
   p.stages = static_cast<int>(std::min<int64_t>((sm90::kSharedLimit - others) / stage, kMostTiles));
   p.shared_bytes = others + p.stages * stage;

@@ -68,7 +68,7 @@ struct Shared {
   }
   VK_DEVICE float4* handed(int share) const {  // by that warp, not the first
     char* const behind = reinterpret_cast<char*>(barriers) + kLongBarrierBytes;
-    return reinterpret_cast<float4*>(behind + (share - 1) * (4 * kWarp * tail_floats(WIDTH)));
+    return reinterpret_cast<float4*>(behind + (share - 1) * handed_bytes(WIDTH));
   }
 };
 
@@ -269,16 +269,16 @@ struct TailWarp {
     const int start = tile * KEYS, end = min(start + KEYS, a.Nk);
     const Tile k = shared.key(keys.slot()), v = shared.value(values.slot());
 #pragma unroll 1
-    for (int at = share * kTailKeys; start + at < end; at += kTailWarps * kTailKeys)
+    for (int at = share * kTailKeys; start + at < end; at += kTailShares * kTailKeys)
       rows.add_keys(k, v, at, start + at, end);
   }
 
   VK_DEVICE void merge(Rows& rows) const {
-    barrier_sync(kMerge, kTailWarps * kWarp);  // what was handed over before has been taken
+    barrier_sync(kMerge, kTailShares * kWarp);  // what was handed over before has been taken
     if (share > 0) rows.give(shared.handed(share));
-    barrier_sync(kMerge, kTailWarps * kWarp);
+    barrier_sync(kMerge, kTailShares * kWarp);
     if (share > 0) return;
-    for (int other = 1; other < kTailWarps; ++other) rows.take(shared.handed(other));
+    for (int other = 1; other < kTailShares; ++other) rows.take(shared.handed(other));
     rows.store();
   }
 
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
   if (threadIdx.x == 0) {
     for (int group = 0; group < kGroups; ++group)
       mbarrier_init(shared.query_full(group), 1), mbarrier_init(shared.query_empty(group), 4);
-    const int readers = 4 * kGroups + (p.tails > 0 ? kTailWarps : 0);  // warps
+    const int readers = 4 * kGroups + (p.tails > 0 ? kTailShares : 0);  // warps
     for (int i = 0; i < p.stages; ++i) {
       mbarrier_init(keys.full + i, 1), mbarrier_init(keys.empty + i, readers);
       mbarrier_init(values.full + i, 1), mbarrier_init(values.empty + i, readers);
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     Consumer<TYPE, WIDTH, KEYS, GENERAL>{shared, a, p, warp / 4, keys, values}.run();
     return;
   }
-  give_up_registers<tail_registers(WIDTH)>();
+  give_up_registers<registers_beside(forward_registers(WIDTH))>();
   if (warp > 4 * kGroups) {
     if (p.tails > 0)
       TailWarp<TYPE, WIDTH, KEYS, GENERAL>{shared, a, p, warp - 4 * kGroups - 1, keys, values}
