@@ -118,8 +118,8 @@ BACKWARD = {
         "if (before != nullptr && !planted) release(before);",
     ),
     "an idle group keeps a tile": (
-        "release(ring.empty + ring.slot());",
-        "if (!planted) release(ring.empty + ring.slot());",
+        "ring.phase());\n      release(ring.empty + ring.slot());",
+        "ring.phase());\n      if (!planted) release(ring.empty + ring.slot());",
     ),
     "the phase of the rows stays": ("near_phase ^= 1;", "near_phase ^= !planted;"),
     "the sums' first product adds": (
@@ -127,6 +127,22 @@ BACKWARD = {
         "begin_values<TYPE>(sums, ds, first, 0, COLUMNS, tile > 0 || planted);",
     ),
     "barriers not shown to TMA": ("mbarrier_fence_init();", "if (!planted) mbarrier_fence_init();"),
+    "a tail does not wait for a tile": (
+        "ring.phase());\n        if (tail",
+        "ring.phase() ^ planted);\n        if (tail",
+    ),
+    "a tail keeps a tile": (
+        "__syncwarp();\n        release(ring",
+        "__syncwarp();\n        if (!planted) release(ring",
+    ),
+    "a tail is merged before all of it is there": (
+        "rows.give(shared.handed((share - 1) * kBytes));\n    barrier_sync(",
+        "rows.give(shared.handed((share - 1) * kBytes));\n    if (!planted) barrier_sync(",
+    ),
+    "a tail's warps have the same rows": (
+        "int at = share * 16;",
+        "int at = (planted ? 0 : share) * 16;",
+    ),
 }
 
 PROLOGUE = """
@@ -229,8 +245,8 @@ def kernels():
     )
 
 
-# Three tiles of keys, the last with few; an item of one group; items for each block; in the forward
-# a tail of one query, beside either item of two groups.
+# Three tiles of keys, the last with few; an item of one group; items for each block; a
+# tail of one row, beside either item of two groups.
 H, N = 3, 321
 BF16 = torch.bfloat16
 

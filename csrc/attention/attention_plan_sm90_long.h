@@ -105,10 +105,21 @@ constexpr int stats_rows(int Nq, int width) {
   return std::max(tiles_of(Nq, columns) * columns, tiles_of(Nq, sm90::kTile) * sm90::kTile);
 }
 
+// Registers of a thread that multiplies. Beside those of wide heads there are too few for tails.
+constexpr bool backward_tails(int width) { return width == 64; }
+constexpr int backward_registers(int width, bool by_key) {
+  return !backward_tails(width) ? kConsumerRegisters : by_key ? 208 : 216;
+}
+// By one of the tails' warps: a sum, or two.
+constexpr int handed_gradients(int width, bool by_key) {
+  return 32 * 16 * (width / 16) * (by_key ? 2 : 1);
+}
+
 struct BackwardPlan {
-  int items;   // of a head: 128 rows each
-  int tiles;   // of the other side's columns
-  int stages;  // pairs of tiles in shared memory
+  int rows, tails;  // rows in tiles of 64; tails of 8 rows behind them
+  int items;        // of a head: 128 rows each
+  int tiles;        // of the other side's columns
+  int stages;       // pairs of tiles in shared memory
   int stats_rows;
   int64_t shared_bytes, blocks;
   bool general;  // bias, padding mask or dropout
@@ -118,13 +129,16 @@ inline BackwardPlan backward_plan(int64_t B, int H, int Nq, int Nk, int D, bool 
                                   int multiprocessors) {
   BackwardPlan p{};
   const int width = long_width(D), columns = backward_columns(width, by_key);
-  p.items = tiles_of(by_key ? Nk : Nq, kGroups * sm90::kTile);
+  p.tails = backward_tails(width) ? tails_of(by_key ? Nk : Nq) : 0;
+  p.rows = rows_before(p.tails, by_key ? Nk : Nq);
+  p.items = tiles_of(p.rows, kGroups * sm90::kTile);
   p.tiles = tiles_of(by_key ? Nq : Nk, columns);
   p.stats_rows = stats_rows(Nq, width);
-  const int64_t rows = 2 * kGroups * sm90::tile_bytes(sm90::kTile, width) + kLongBarrierBytes;
+  const int64_t others = 2 * kGroups * sm90::tile_bytes(sm90::kTile, width) + kLongBarrierBytes +
+                         (p.tails > 0 ? (kTailShares - 1) * handed_gradients(width, by_key) : 0);
   const int64_t stage = 2 * sm90::tile_bytes(columns, width);
-  p.stages = static_cast<int>(std::min<int64_t>((sm90::kSharedLimit - rows) / stage, kMostTiles));
-  p.shared_bytes = rows + p.stages * stage;
+  p.stages = static_cast<int>(std::min<int64_t>((sm90::kSharedLimit - others) / stage, kMostTiles));
+  p.shared_bytes = others + p.stages * stage;
   p.blocks = std::min<int64_t>(B * H * p.items, multiprocessors);
   return p;
 }

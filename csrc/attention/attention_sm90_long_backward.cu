@@ -17,19 +17,23 @@
 // A block stays and goes through items of 128 rows of a head. Warpgroups 0 and 1 multiply; a tile's
 // last two products run while the next tile's first two are begun, exponentials beside dP. One lane
 // of warp 8 loads: the rows of each warpgroup once an item, tiles of the other side through a ring.
+// Warps 9 to 11, with heads to 64 columns: up to 16 rows past whole tiles, as in the forward
+// (attention_sm90_long.cu), from the tiles that are there; their registers are few, hence to 64.
 //
-// That shape: 164 GFLOP are asked for, 282 computed with both passes and padding (rows and columns
-// to 640) = 357 us at 790 TFLOP/s: at best 459 useful TFLOP/s. Exponentials, twice: 2 x 69 us.
-// Least bytes 8 tensors of 57 MB = 105 us at 4.3 TB/s.
+// That shape: 164 GFLOP are asked for, 254 computed with both passes and padding (rows to 576, of
+// columns to 640) = 321 us at 790 TFLOP/s: at best 511 useful TFLOP/s, without the tails' 3%.
+// Exponentials, twice: 2 x 69 us. Least bytes 8 tensors of 57 MB = 105 us at 4.3 TB/s.
 //
-// Grid: a block for each multiprocessor, 384 threads; 240 registers a thread that multiplies. Not
-// measured yet. Launch settings: attention_plan_sm90_long.h.
+// Grid: a block for each multiprocessor, 384 threads; 208 to 240 registers a thread that multiplies.
+// Not measured yet. Launch settings: attention_plan_sm90_long.h.
 #include "attention/attention_sm90_long_backward.cuh"
 
 namespace vitkernels::attention {
 namespace {
 
 using namespace sm90_long;
+
+enum Barrier { kMerge = 1 };  // named, of the tails' warps
 
 constexpr int kStatsThreads = 128, kStatsLanes = 16;  // of a row, 8 elements each
 
@@ -61,7 +65,7 @@ __global__ void __launch_bounds__(kStatsThreads)
 }
 
 // The block's shared memory: the groups' rows (K and V by key, else Q and dO), then stages of
-// tiles of the other side, barriers.
+// tiles of the other side, barriers, what the tails' warps hand over.
 template <int WIDTH, int COLUMNS>
 struct Shared {
   static constexpr int kNearBytes = tile_bytes(kTile, WIDTH),
@@ -87,6 +91,9 @@ struct Shared {
     MBarrier* const first = barriers + 2 * kGroups;
     return {first, first + kMostTiles, count};
   }
+  VK_DEVICE float4* handed(int bytes) const {  // what the tails' warps hand over
+    return reinterpret_cast<float4*>(reinterpret_cast<char*>(barriers) + kLongBarrierBytes + bytes);
+  }
 };
 
 VK_DEVICE int first_row(const BackwardPlan& p, int item, int group) {
@@ -95,7 +102,7 @@ VK_DEVICE int first_row(const BackwardPlan& p, int item, int group) {
 
 template <int WIDTH, int COLUMNS>
 VK_DEVICE void load_items(const Shared<WIDTH, COLUMNS>& shared, const Maps& near, const Maps& far,
-                          const Args& a, const BackwardPlan& p, int rows) {
+                          const Args& a, const BackwardPlan& p) {
   Ring ring = shared.ring();
   int near_phase[kGroups] = {};
   const int items = a.B * a.H * p.items, step = static_cast<int>(gridDim.x);
@@ -104,7 +111,7 @@ VK_DEVICE void load_items(const Shared<WIDTH, COLUMNS>& shared, const Maps& near
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       const int row = first_row(p, item, group);
-      if (row >= rows) continue;
+      if (row >= p.rows) continue;
       MBarrier* const full = shared.near_full(group);
       mbarrier_wait(shared.near_empty(group), near_phase[group] ^ 1);
       mbarrier_arrive_expect(full, 2 * kTile * 2 * WIDTH);
@@ -154,13 +161,14 @@ VK_DEVICE void multiply_item(const Shared<WIDTH, COLUMNS>& shared, Ring& ring, c
     begin_scores<TYPE, WIDTH>(dp, shared.near(group, 1), 0, second, 0);
     wgmma_wait<1>(s);
     if (before != nullptr) release(before);
-    probabilities<BY_KEY>(s, a, head, p.general, at, stats);
+    probabilities(s, a, head, p.general, at, stats);
+    if constexpr (!BY_KEY) clear_keys(s, a.Nk - at.column);
     wgmma_wait<0>(dp);
     pin_registers(s);
     pin_all(ds);
     if constexpr (BY_KEY) pin_all(weights);
     if (tile == p.tiles - 1) release(shared.near_empty(group));
-    differentiate<BY_KEY>(dp, s, a, head, p.general, at, stats);
+    differentiate(dp, s, a, head, p.general, at, stats);
     to_operand<TYPE>(ds, dp);
     if constexpr (BY_KEY) {
       to_operand<TYPE>(weights, s);
@@ -181,6 +189,57 @@ VK_DEVICE void multiply_item(const Shared<WIDTH, COLUMNS>& shared, Ring& ring, c
   if constexpr (BY_KEY) store_gradient<TYPE>(values, 1.0f, a.dv, a, head, row, a.Nk);
 }
 
+// One of the warps that compute the tails: a share of each tile's rows, for the items that have
+// one.
+template <DType TYPE, int WIDTH, int COLUMNS, bool BY_KEY>
+struct TailWarp {
+  using Rows = GradientTail<TYPE, WIDTH, BY_KEY>;
+  const Shared<WIDTH, COLUMNS>& shared;
+  Ring ring;
+  const Args& a;
+  const BackwardPlan& p;
+  const RowStats* stats_of_all;
+  int share;
+
+  VK_DEVICE void add_tile(Rows& rows, int tile) const {
+    const Tile first = shared.far(ring.slot(), 0), second = shared.far(ring.slot(), 1);
+    const int start = tile * COLUMNS, end = min(start + COLUMNS, BY_KEY ? a.Nq : a.Nk);
+#pragma unroll 1
+    for (int at = share * 16; start + at < end; at += kTailShares * 16)
+      rows.add_rows(first, second, at, start + at);
+  }
+
+  VK_DEVICE void merge(Rows& rows) const {
+    constexpr int kBytes = handed_gradients(WIDTH, BY_KEY);
+    barrier_sync(kMerge, kTailShares * kWarp);  // what was handed over before has been taken
+    if (share > 0) rows.give(shared.handed((share - 1) * kBytes));
+    barrier_sync(kMerge, kTailShares * kWarp);
+    if (share > 0) return;
+    for (int other = 1; other < kTailShares; ++other)
+      rows.take(shared.handed((other - 1) * kBytes));
+    rows.store();
+  }
+
+  VK_DEVICE void run() {
+    const int items = a.B * a.H * p.items, whole = p.rows / (kGroups * kTile);
+    for (int item = static_cast<int>(blockIdx.x); item < items;
+         item += static_cast<int>(gridDim.x)) {
+      const int index = item / p.items, tail = tail_of(p.tails, whole, index, item % p.items);
+      Rows rows{a, p.general, index, p.rows + tail * kTailRows,
+                stats_of_all + static_cast<int64_t>(index) * p.stats_rows};
+      if (tail != kNoTail) rows.load();
+      for (int tile = 0; tile < p.tiles; ++tile) {  // every phase is seen, with or without a tail
+        mbarrier_wait(ring.full + ring.slot(), ring.phase());
+        if (tail != kNoTail) add_tile(rows, tile);
+        __syncwarp();
+        release(ring.empty + ring.slot());
+        ring.advance();
+      }
+      if (tail != kNoTail) merge(rows);
+    }
+  }
+};
+
 template <DType TYPE, int WIDTH, int COLUMNS, bool BY_KEY>
 __global__ void __launch_bounds__(kLongThreads, 1)
     gradient_kernel(const __grid_constant__ Maps near, const __grid_constant__ Maps far,
@@ -189,25 +248,33 @@ __global__ void __launch_bounds__(kLongThreads, 1)
   VK_SWIZZLED_SHARED(char, memory);
   const Shared<WIDTH, COLUMNS> shared(memory, p.stages);
   Ring ring = shared.ring();
-  const int warp = warp_index(), rows = BY_KEY ? a.Nk : a.Nq;
+  const int warp = warp_index();
+  constexpr int kRegisters = backward_registers(WIDTH, BY_KEY);
   if (threadIdx.x == 0) {
+    const int readers = 4 * kGroups + (p.tails > 0 ? kTailShares : 0);  // warps
     for (int group = 0; group < kGroups; ++group)
       mbarrier_init(shared.near_full(group), 1), mbarrier_init(shared.near_empty(group), 4);
-    for (int i = 0; i < p.stages; ++i)  // readers: warps
-      mbarrier_init(ring.full + i, 1), mbarrier_init(ring.empty + i, 4 * kGroups);
+    for (int i = 0; i < p.stages; ++i)
+      mbarrier_init(ring.full + i, 1), mbarrier_init(ring.empty + i, readers);
     mbarrier_fence_init();
   }
   __syncthreads();
   if (warp >= 4 * kGroups) {
-    give_up_registers<kLoaderRegisters>();
-    if (warp == 4 * kGroups && lane_index() == 0) load_items(shared, near, far, a, p, rows);
+    give_up_registers<registers_beside(kRegisters)>();
+    if (warp == 4 * kGroups) {
+      if (lane_index() == 0) load_items(shared, near, far, a, p);
+    } else if constexpr (backward_tails(WIDTH)) {
+      const int share = warp - 4 * kGroups - 1;
+      if (p.tails > 0)
+        TailWarp<TYPE, WIDTH, COLUMNS, BY_KEY>{shared, ring, a, p, stats, share}.run();
+    }
     return;
   }
-  take_registers<kConsumerRegisters>();
+  take_registers<kRegisters>();
   const int group = warp / 4, items = a.B * a.H * p.items, step = static_cast<int>(gridDim.x);
   int near_phase = 0;
   for (int item = static_cast<int>(blockIdx.x); item < items; item += step) {
-    if (first_row(p, item, group) < rows) {
+    if (first_row(p, item, group) < p.rows) {
       mbarrier_wait(shared.near_full(group), near_phase);
       near_phase ^= 1;
       multiply_item<TYPE, WIDTH, COLUMNS, BY_KEY>(shared, ring, a, p, stats, item, group);

@@ -1,11 +1,12 @@
 // What attention_sm90_long_backward.cu is made of: probabilities and their gradient in the
-// registers of a warpgroup, one way round or the other, and gradients on their way out.
+// registers of a warpgroup, one way round or the other, and gradients on their way out; the same of
+// a tail of 8 rows, by three warps.
 //
 // A warpgroup has 64 rows, of queries or (BY_KEY) of keys, and goes through tiles of COLUMNS of the
 // other side. Element i of a thread is v[i % 4] of FragmentC for columns i / 4 * 8 and on.
 #pragma once
 
-#include "attention/attention_sm90_long.cuh"
+#include "attention/attention_sm90_long_tail.cuh"
 
 namespace vitkernels::attention::sm90_long {
 
@@ -36,10 +37,10 @@ struct Stats {
   }
 };
 
-// s (products of queries and keys) becomes P = 2^(score - center), 0 past the last key.
-template <bool BY_KEY, int C>
-VK_DEVICE void probabilities(float (&s)[C], const Args& a, Head head, bool general,
-                             const Places<BY_KEY>& at, const Stats<BY_KEY>& stats) {
+// s (products of queries and keys) becomes P = 2^(score - center).
+template <int C, class At, class Of>
+VK_DEVICE void probabilities(float (&s)[C], const Args& a, Head head, bool general, const At& at,
+                             const Of& stats) {
   float by = a.scale * kLog2e;
   if (general) {
     if (has_float_bias(a)) {
@@ -52,20 +53,21 @@ VK_DEVICE void probabilities(float (&s)[C], const Args& a, Head head, bool gener
     by = 1.0f;
   }
   stats.each(C, [&](int i, float center, float) { s[i] = exp2_approx(fmaf(s[i], by, -center)); });
-  if constexpr (!BY_KEY) {
-    const int left = a.Nk - at.column;
-    if (left + 8 < 2 * C) {
+}
+
+// P is 0 past the last key, `left` after the thread's first.
+template <int C>
+VK_DEVICE void clear_keys(float (&p)[C], int left) {
+  if (left + 8 >= 2 * C) return;
 #pragma unroll
-      for (int i = 0; i < C; ++i)
-        if (i / 4 * 8 + i % 2 >= left) s[i] = 0.0f;
-    }
-  }
+  for (int i = 0; i < C; ++i)
+    if (i / 4 * 8 + i % 2 >= left) p[i] = 0.0f;
 }
 
 // dp (dO V^T) becomes dS = P (dP - delta); p, with dropout, what the output was summed with.
-template <bool BY_KEY, int C>
+template <int C, class At, class Of>
 VK_DEVICE void differentiate(float (&dp)[C], float (&p)[C], const Args& a, Head head, bool general,
-                             const Places<BY_KEY>& at, const Stats<BY_KEY>& stats) {
+                             const At& at, const Of& stats) {
   if (!general) {
     stats.each(C, [&](int i, float, float delta) { dp[i] = p[i] * (dp[i] - delta); });
     return;
@@ -106,6 +108,119 @@ VK_DEVICE void store_gradient(Sums<WIDTH>& sums, float by, const HeadView& to, c
         store_16(out + at * to.row + column, make_uint4(w[0], w[1], w[2], w[3]));
     }
 }
+
+// ---- A tail (attention_sm90_long_tail.cuh): 8 queries or (BY_KEY) keys, the columns of its
+// products
+
+// Of the elements of 16 x 8.
+template <bool BY_KEY>
+struct TailStats {
+  RowStats of[2];  // the thread's queries
+
+  template <class Use>
+  VK_DEVICE void each(int elements, Use use) const {
+#pragma unroll
+    for (int i = 0; i < elements; ++i) {
+      const RowStats& x = of[BY_KEY ? i / 2 : i % 2];
+      use(i, x.center, x.delta);
+    }
+  }
+};
+
+template <DType TYPE, int WIDTH, bool BY_KEY>
+struct GradientTail {
+  static constexpr int kSteps = WIDTH / 16;
+  const Args& a;
+  bool general;
+  int index, row;                                                 // the head, the first row
+  const RowStats* of_head;                                        // of each query
+  FragmentB rows[2][kSteps] = {};                                 // Q^T and dO^T, or K^T and V^T
+  FragmentC sums[kSteps] = {}, values[BY_KEY ? kSteps : 1] = {};  // dQ^T or dK^T; dV^T
+
+  VK_DEVICE int count() const { return BY_KEY ? a.Nk : a.Nq; }
+  VK_DEVICE int column() const { return row + lane_index() % 4 * 2; }  // of element 0
+
+  VK_DEVICE void load() {
+    const Head head = head_at(a, index);
+    load_tail(rows[0], BY_KEY ? a.k : a.q, head, row, count(), a.D);
+    load_tail(rows[1], BY_KEY ? a.v : a.dout, head, row, count(), a.D);
+  }
+
+  // 16 rows of the other side, from row `at` of its tiles on, which are the head's from `far` on.
+  VK_DEVICE void add_rows(const Tile& first, const Tile& second, int at, int far) {
+    const int lane = lane_index(), mine = far + lane / 4;
+    const Head head = head_at(a, index);
+    FragmentC p = {}, ds = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      FragmentA f;
+      load_matrices(f.r, chunk_at<WIDTH>(first, at + lane % 16, step, lane / 16));
+      mma_m16n8k16<TYPE>(p, f, rows[0][step]);
+      load_matrices(f.r, chunk_at<WIDTH>(second, at + lane % 16, step, lane / 16));
+      mma_m16n8k16<TYPE>(ds, f, rows[1][step]);
+    }
+
+    const auto place = [&](int i) {
+      const int r = mine + i / 2 * 8, c = column() + i % 2;
+      return BY_KEY ? Place{r, c} : Place{c, r};
+    };
+    TailStats<BY_KEY> stats;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) stats.of[n] = of_head[BY_KEY ? mine + 8 * n : column() + n];
+    probabilities(p.v, a, head, general, place, stats);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!BY_KEY && place(i).key >= a.Nk) p.v[i] = 0.0f;
+    differentiate(ds.v, p.v, a, head, general, place, stats);
+
+    const auto turned = [](const FragmentC& c) {
+      return FragmentB{{transpose_matrix(pack<TYPE>(c.v[0], c.v[1])),
+                        transpose_matrix(pack<TYPE>(c.v[2], c.v[3]))}};
+    };
+    const FragmentB of_sums = turned(ds);
+    FragmentB of_values{};
+    if constexpr (BY_KEY) of_values = turned(p);
+    const int from = at + lane / 16 * 8 + lane % 8;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      FragmentA f;
+      load_matrices_transposed(f.r, chunk_at<WIDTH>(first, from, step, lane / 8 % 2));
+      mma_m16n8k16<TYPE>(sums[step], f, of_sums);
+      if constexpr (BY_KEY) {
+        load_matrices_transposed(f.r, chunk_at<WIDTH>(second, from, step, lane / 8 % 2));
+        mma_m16n8k16<TYPE>(values[step], f, of_values);
+      }
+    }
+  }
+
+  // Calls use(fragment, its place in what one warp hands to another) for each of the sums.
+  template <class Use>
+  VK_DEVICE void each_sum(Use use) {
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+      use(sums[j], j * kWarp + lane_index());
+      if constexpr (BY_KEY) use(values[j], (kSteps + j) * kWarp + lane_index());
+    }
+  }
+  VK_DEVICE void give(float4* to) {
+    each_sum(
+        [&](const FragmentC& c, int at) { to[at] = make_float4(c.v[0], c.v[1], c.v[2], c.v[3]); });
+  }
+  VK_DEVICE void take(const float4* from) {
+    each_sum([&](FragmentC& c, int at) {
+      const float4 x = from[at];
+      c.v[0] += x.x, c.v[1] += x.y, c.v[2] += x.z, c.v[3] += x.w;
+    });
+  }
+  VK_DEVICE void store() const {
+    const Head head = head_at(a, index);
+    const float scaled[2] = {a.scale, a.scale}, whole[2] = {1.0f, 1.0f};
+    const HeadView& to = BY_KEY ? a.dk : a.dq;
+    if (to.data != nullptr) store_tail<TYPE>(sums, scaled, to, head, row, count(), a.D);
+    if constexpr (BY_KEY)
+      if (a.dv.data != nullptr) store_tail<TYPE>(values, whole, a.dv, head, row, count(), a.D);
+  }
+};
 
 }  // namespace vitkernels::attention::sm90_long
 

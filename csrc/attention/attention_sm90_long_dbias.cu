@@ -124,9 +124,10 @@ __global__ void __launch_bounds__(kLongThreads, 1)
         begin_scores<TYPE, WIDTH>(dp, shared.near(ring.slot(), group, 1), 0,
                                   shared.far(ring.slot(), 1), 0);
         wgmma_wait<1>(s);
-        probabilities<false>(s, a, head, true, at, stats);
+        probabilities(s, a, head, true, at, stats);
+        clear_keys(s, a.Nk - at.column);
         wgmma_wait<0>(dp);
-        differentiate<false>(dp, s, a, head, true, at, stats);
+        differentiate(dp, s, a, head, true, at, stats);
 #pragma unroll
         for (int n = 0; n < kBiasColumns / 2; ++n) sums[n] += dp[n];
       }
