@@ -56,41 +56,41 @@ def check_raw(tensors, bias=None, padding=None, scale=0.125):
 @pytest.mark.parametrize("past", [0, 1, 2, 8, 9, 15, 16, 17])
 def test_queries(past):
     for dtype, Nk in ((BF16, 153), (FP16, 40)):
-        check(attention_problem(2, 256 + past, 1, 64, dtype, Nk=Nk), f"Nq 256 + {past} Nk {Nk}")
-    check_raw(qkv(2, 256 + past, 70))
+        check(attention_problem(1, 320 + past, 1, 64, dtype, Nk=Nk), f"Nq 320 + {past} Nk {Nk}")
+    check_raw(qkv(1, 320 + past, 70))
 
 
 # Edges of the 32 keys that a warp takes at a time, of 96 and of the tiles of 152 and 176.
 @needs_kernels
 @pytest.mark.parametrize("Nk", [1, 16, 17, 33, 96, 97, 129, 152, 176, 304, 305, 353])
 def test_keys(Nk):
-    dtype = FP16 if Nk % 2 == 0 else BF16
-    check(attention_problem(1, 129, 2, 64, dtype, Nk=Nk), f"Nq 129 Nk {Nk}")
-    check_raw(qkv(1, 131, Nk, 2))
+    dtype, Nq = FP16 if Nk % 2 == 0 else BF16, 129 if Nk > 272 else 321
+    check(attention_problem(1, Nq, 1, 64, dtype, Nk=Nk), f"Nq {Nq} Nk {Nk}")
+    check_raw(qkv(1, Nq + 2, Nk))
 
 
 @needs_kernels
 @pytest.mark.parametrize("D", [8, 40, 64, 72, 80, 96, 104, 128])
 def test_head_dims(D):
-    for dtype, Nk in ((BF16, 305), (FP16, 160)):
+    for dtype, Nk in ((BF16, 305), (FP16, 282)):
         check(attention_problem(1, 131, 1, D, dtype, Nk=Nk), f"Nk {Nk} D {D}")
 
 
 @needs_kernels
 def test_heads_take_turns():
     """Tails beside the first and the second item of a head, more items than blocks."""
-    for B, H, Nq, D in ((2, 3, 272, 64), (1, 5, 321, 80)):
+    for B, H, Nq, D in ((2, 3, 336, 64), (1, 5, 321, 80)):
         check(attention_problem(B, Nq, H, D, BF16, Nk=170), f"B {B} H {H} Nq {Nq} D {D}")
 
 
 OPTIONS = [
-    {"bias": (2, 2, 130, 170)},
+    {"bias": (2, 2, 130, 290)},
     {"bias": (1, 2, 130, 1), "bias_dtype": FP32},
-    {"bias": (1, 1, 1, 170)},
-    {"key_padding_mask": (2, 170)},
-    {"bool_bias": (1, 2, 130, 170)},
+    {"bias": (1, 1, 1, 290)},
+    {"key_padding_mask": (2, 290)},
+    {"bool_bias": (1, 2, 130, 290)},
     {"dropout_p": 0.2},
-    {"bias": (1, 2, 130, 170), "key_padding_mask": (2, 170), "dropout_p": 0.2},
+    {"bias": (1, 2, 130, 290), "key_padding_mask": (2, 290), "dropout_p": 0.2},
 ]
 
 
@@ -98,13 +98,13 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o))
 def test_options(options):
     for dtype, D in ((FP16, 64), (BF16, 128)):
-        check(attention_problem(2, 130, 2, D, dtype, Nk=170, **options), f"D {D} {options}")
+        check(attention_problem(2, 130, 2, D, dtype, Nk=290, **options), f"D {D} {options}")
 
 
 @needs_kernels
 def test_dropout_of_a_row_of_ones():
     """Which keys a row keeps shows in the sums alone: v is a unit vector each, q is 0."""
-    q, k = torch.zeros(1, 129, 1, 64, dtype=BF16), torch.zeros(1, 64, 1, 64, dtype=BF16)
+    q, k = torch.zeros(1, 321, 1, 64, dtype=BF16), torch.zeros(1, 64, 1, 64, dtype=BF16)
     v = torch.eye(64, dtype=BF16)[None, :, None]
     seed = torch.tensor([77])
     out, _ = torch.ops.vitkernels.attention_fwd.cuda(q, k, v, None, None, seed, 0.125, 0.5)
@@ -115,8 +115,8 @@ def test_dropout_of_a_row_of_ones():
 @needs_kernels
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1e-38, 2.0])
 def test_scales(scale):
-    tensors = qkv(1, 129, 170, 2)
-    for bias in (None, torch.randn(1, 2, 129, 170)):
+    tensors = qkv(1, 129, 290, 2)
+    for bias in (None, torch.randn(1, 2, 129, 290)):
         check_raw(tensors, bias, scale=scale)
 
 
@@ -157,7 +157,7 @@ def test_large_logits():
 
 @needs_kernels
 def test_a_head_has_the_same_bits_in_any_batch():
-    q, k, v = qkv(3, 266, 160, 2)
+    q, k, v = qkv(3, 330, 160, 2)
     first = raw(q, k, v)
     assert_bitwise_equal(raw(q, k, v), first)
     for i in range(3):  # beside whichever item its tails are
@@ -185,7 +185,7 @@ def check_gradients(problem, what):
 @needs_kernels
 @pytest.mark.parametrize("past", [1, 2, 8, 9, 16, 17])
 def test_gradients(past):
-    for dtype, Nq, Nk in ((BF16, 256 + past, 66), (FP16, 70, 256 + past), (BF16, 129, 145)):
+    for dtype, Nq, Nk in ((BF16, 256 + past, 66), (FP16, 70, 256 + past), (BF16, 257, 265)):
         problem = backward_only(attention_problem, 1, Nq, 1, 64, dtype, Nk=Nk)
         check_gradients(problem, f"Nq {Nq} Nk {Nk}")
 
@@ -194,39 +194,39 @@ def test_gradients(past):
 @pytest.mark.parametrize("D", [16, 56, 72, 128])
 def test_gradients_of_head_dims(D):
     """Tails to 64 columns; wider heads have none."""
-    problem = backward_only(attention_problem, 2, 131, 1, D, BF16, Nk=129)
+    problem = backward_only(attention_problem, 2, 131, 1, D, BF16, Nk=257)
     check_gradients(problem, f"D {D}")
 
 
 GRADIENT_OPTIONS = [
-    {"bias": (2, 2, 130, 129)},
-    {"key_padding_mask": (2, 129)},
-    {"bool_bias": (1, 2, 130, 129), "dropout_p": 0.2},
+    {"bias": (2, 2, 130, 257)},
+    {"key_padding_mask": (2, 257)},
+    {"bool_bias": (1, 2, 130, 257), "dropout_p": 0.2},
 ]
 
 
 @needs_kernels
 @pytest.mark.parametrize("options", GRADIENT_OPTIONS, ids=lambda o: " ".join(o))
 def test_gradients_with_options(options):
-    problem = backward_only(attention_problem, 2, 130, 2, 64, BF16, Nk=129, **options)
+    problem = backward_only(attention_problem, 2, 130, 2, 64, BF16, Nk=257, **options)
     check_gradients(problem, str(options))
 
 
 @needs_kernels
 def test_gradients_of_masked_rows_are_zero():
-    problem = backward_only(attention_problem, 1, 130, 2, 64, BF16, Nk=129, bias=(1, 2, 130, 129))
-    problem.inputs["bias"][..., 129, :] = problem.inputs["bias"][..., :, 128] = -math.inf
+    problem = backward_only(attention_problem, 1, 130, 2, 64, BF16, Nk=257, bias=(1, 2, 130, 257))
+    problem.inputs["bias"][..., 129, :] = problem.inputs["bias"][..., :, 256] = -math.inf
     check_gradients(problem, "masked")
     tensors = list(problem.inputs.values())
     grads = [torch.randn(1, 130, 2, 64).to(BF16)]
     dq, dk, dv, _ = grads_of(problem.ours("cuda"), tensors, grads)[1]
-    assert not dq[:, 129].any() and not dk[:, 128].any() and not dv[:, 128].any()
-    assert dq[:, 128].any() and dk[:, 127].any()
+    assert not dq[:, 129].any() and not dk[:, 256].any() and not dv[:, 256].any()
+    assert dq[:, 128].any() and dk[:, 255].any()
 
 
 @needs_kernels
 def test_unwanted_gradients():
-    problem = backward_only(attention_problem, 1, 130, 1, 64, BF16, Nk=129)
+    problem = backward_only(attention_problem, 1, 130, 1, 64, BF16, Nk=257)
     check_repeats(problem, "cuda", ("q", "k", "v"))
 
 
