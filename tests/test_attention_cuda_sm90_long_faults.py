@@ -136,8 +136,8 @@ BACKWARD = {
         "__syncwarp();\n        if (!planted) release(ring",
     ),
     "a tail is merged before all of it is there": (
-        "rows.give(shared.handed((share - 1) * kBytes));\n    barrier_sync(",
-        "rows.give(shared.handed((share - 1) * kBytes));\n    if (!planted) barrier_sync(",
+        "rows.give();\n    barrier_sync(",
+        "rows.give();\n    if (!planted) barrier_sync(",
     ),
     "a tail's warps have the same rows": (
         "int at = share * 16;",

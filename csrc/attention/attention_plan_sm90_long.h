@@ -11,7 +11,10 @@ namespace vitkernels::attention::sm90_long {
 
 constexpr int kGroups = 2;  // warpgroups that multiply 64 query rows each; one more has the loader
 constexpr int kLongThreads = 128 * (kGroups + 1);
-constexpr int kConsumerRegisters = 240, kLoaderRegisters = 24;  // of a thread, without tails
+// Of a thread that multiplies, where the others need none for tails; those of the others, so that
+// there are the 3 * 168 of the start together.
+constexpr int kMostRegisters = 240;
+constexpr int registers_beside(int registers) { return 3 * 168 - kGroups * registers; }
 constexpr int kMostTiles = 4;
 constexpr int64_t kLongBarrierBytes = 8 * (2 * kGroups + 4 * kMostTiles);
 
@@ -57,9 +60,12 @@ constexpr int64_t stage_bytes(int width, int keys) {
   return sm90::tile_bytes(stage_rows(keys), width);
 }
 
-// Registers of a thread that multiplies, and of the others: together the 3 * 168 of the start.
-constexpr int forward_registers(int width) { return width == 128 ? 208 : 200; }
-constexpr int registers_beside(int registers) { return 3 * 168 - kGroups * registers; }
+// Beside those of wider heads there are too few registers for tails.
+constexpr bool forward_tails(int width, bool general) { return width <= (general ? 64 : 80); }
+// Of a thread that multiplies.
+constexpr int forward_registers(int width, bool general) {
+  return forward_tails(width, general) ? 200 : kMostRegisters;
+}
 
 // What two of the tails' warps hand to the third: sums, maxima and sums of exponentials.
 constexpr int handed_bytes(int width) { return 32 * 16 * (width / 16 + 1); }  // by one of them
@@ -78,7 +84,7 @@ inline ForwardPlan forward_plan(int64_t B, int H, int Nq, int Nk, int D, bool ge
   ForwardPlan p{};
   p.width = long_width(D);
   p.keys = forward_keys(p.width, Nk, general);
-  p.tails = tails_of(Nq);
+  p.tails = forward_tails(p.width, general) ? tails_of(Nq) : 0;
   p.rows = rows_before(p.tails, Nq);
   p.items = tiles_of(p.rows, kGroups * sm90::kTile);
   p.tiles = tiles_of(Nk, p.keys);
@@ -105,15 +111,13 @@ constexpr int stats_rows(int Nq, int width) {
   return std::max(tiles_of(Nq, columns) * columns, tiles_of(Nq, sm90::kTile) * sm90::kTile);
 }
 
-// Registers of a thread that multiplies. Beside those of wide heads there are too few for tails.
-constexpr bool backward_tails(int width) { return width == 64; }
+constexpr bool backward_tails(int width, bool by_key) { return width == 64 && !by_key; }
 constexpr int backward_registers(int width, bool by_key) {
-  return !backward_tails(width) ? kConsumerRegisters : by_key ? 208 : 216;
+  return backward_tails(width, by_key) ? 208 : kMostRegisters;
 }
-// By one of the tails' warps: a sum, or two.
-constexpr int handed_gradients(int width, bool by_key) {
-  return 32 * 16 * (width / 16) * (by_key ? 2 : 1);
-}
+// Of each of the tails' warps in shared memory: its two operands, in the end what it hands over, a
+// sum or (by key) two.
+constexpr int tail_bytes(int width, bool by_key) { return 32 * width * (by_key ? 2 : 1); }
 
 struct BackwardPlan {
   int rows, tails;  // rows in tiles of 64; tails of 8 rows behind them
@@ -129,13 +133,13 @@ inline BackwardPlan backward_plan(int64_t B, int H, int Nq, int Nk, int D, bool 
                                   int multiprocessors) {
   BackwardPlan p{};
   const int width = long_width(D), columns = backward_columns(width, by_key);
-  p.tails = backward_tails(width) ? tails_of(by_key ? Nk : Nq) : 0;
+  p.tails = backward_tails(width, by_key) ? tails_of(by_key ? Nk : Nq) : 0;
   p.rows = rows_before(p.tails, by_key ? Nk : Nq);
   p.items = tiles_of(p.rows, kGroups * sm90::kTile);
   p.tiles = tiles_of(by_key ? Nq : Nk, columns);
   p.stats_rows = stats_rows(Nq, width);
   const int64_t others = 2 * kGroups * sm90::tile_bytes(sm90::kTile, width) + kLongBarrierBytes +
-                         (p.tails > 0 ? (kTailShares - 1) * handed_gradients(width, by_key) : 0);
+                         (p.tails > 0 ? kTailShares * tail_bytes(width, by_key) : 0);
   const int64_t stage = 2 * sm90::tile_bytes(columns, width);
   p.stages = static_cast<int>(std::min<int64_t>((sm90::kSharedLimit - others) / stage, kMostTiles));
   p.shared_bytes = others + p.stages * stage;

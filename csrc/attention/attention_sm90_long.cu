@@ -269,7 +269,7 @@ struct TailWarp {
     const int start = tile * KEYS, end = min(start + KEYS, a.Nk);
     const Tile k = shared.key(keys.slot()), v = shared.value(values.slot());
 #pragma unroll 1
-    for (int at = share * kTailKeys; start + at < end; at += kTailShares * kTailKeys)
+    for (int at = share * Rows::kKeys; start + at < end; at += kTailShares * Rows::kKeys)
       rows.add_keys(k, v, at, start + at, end);
   }
 
@@ -286,7 +286,8 @@ struct TailWarp {
     const int items = a.B * a.H * p.items, whole = p.rows / (kGroups * kTile);
     for (int item = static_cast<int>(blockIdx.x); item < items;
          item += static_cast<int>(gridDim.x)) {
-      const int index = item / p.items, tail = tail_of(p.tails, whole, index, item % p.items);
+      const Division at(item, p.items);
+      const int index = at.quotient, tail = tail_of(p.tails, whole, index, at.rest);
       Rows rows{a, index, p.rows + tail * kTailRows};
       if (tail != kNoTail) rows.load_queries();
       for (int tile = 0; tile < p.tiles; ++tile) {  // every phase is seen, with or without a tail
@@ -323,18 +324,18 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     mbarrier_fence_init();
   }
   __syncthreads();
+  constexpr int kRegisters = forward_registers(WIDTH, GENERAL);
   if (warp < 4 * kGroups) {
-    take_registers<forward_registers(WIDTH)>();
+    take_registers<kRegisters>();
     Consumer<TYPE, WIDTH, KEYS, GENERAL>{shared, a, p, warp / 4, keys, values}.run();
     return;
   }
-  give_up_registers<registers_beside(forward_registers(WIDTH))>();
-  if (warp > 4 * kGroups) {
-    if (p.tails > 0)
-      TailWarp<TYPE, WIDTH, KEYS, GENERAL>{shared, a, p, warp - 4 * kGroups - 1, keys, values}
-          .run();
-  } else if (lane_index() == 0) {
-    load_items(shared, maps, a, p);
+  give_up_registers<registers_beside(kRegisters)>();
+  if (warp == 4 * kGroups) {
+    if (lane_index() == 0) load_items(shared, maps, a, p);
+  } else if constexpr (forward_tails(WIDTH, GENERAL)) {
+    const int share = warp - 4 * kGroups - 1;
+    if (p.tails > 0) TailWarp<TYPE, WIDTH, KEYS, GENERAL>{shared, a, p, share, keys, values}.run();
   }
 }
 

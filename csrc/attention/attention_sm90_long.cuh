@@ -19,6 +19,16 @@ VK_DEVICE void load_rows(const Tile& tile, const Maps& maps, int which, MBarrier
     tma_load(tile.rest, maps.rest[which], barrier, {P::kFirst, row, head.h, head.b});
 }
 
+// a / b, of which nothing stays in registers for the next time, and a % b.
+struct Division {
+  int quotient, rest;
+  VK_DEVICE Division(int a, int b) {
+    pin_registers(b);
+    quotient = static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b));
+    rest = a - quotient * b;
+  }
+};
+
 struct Place {
   int query, key;
 };

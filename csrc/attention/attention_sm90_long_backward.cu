@@ -17,15 +17,16 @@
 // A block stays and goes through items of 128 rows of a head. Warpgroups 0 and 1 multiply; a tile's
 // last two products run while the next tile's first two are begun, exponentials beside dP. One lane
 // of warp 8 loads: the rows of each warpgroup once an item, tiles of the other side through a ring.
-// Warps 9 to 11, with heads to 64 columns: up to 16 rows past whole tiles, as in the forward
-// (attention_sm90_long.cu), from the tiles that are there; their registers are few, hence to 64.
+// Warps 9 to 11, by query and with heads to 64 columns: up to 16 rows past whole tiles, as in the
+// forward (attention_sm90_long.cu). Elsewhere too few registers are left for them: by key the sums
+// are two, and the warpgroups' threads need 226.
 //
-// That shape: 164 GFLOP are asked for, 254 computed with both passes and padding (rows to 576, of
-// columns to 640) = 321 us at 790 TFLOP/s: at best 511 useful TFLOP/s, without the tails' 3%.
+// That shape: 164 GFLOP are asked for, 270 computed with both passes and padding (rows by query to
+// 576, others and columns to 640) = 341 us at 790 TFLOP/s: at best 480 useful TFLOP/s.
 // Exponentials, twice: 2 x 69 us. Least bytes 8 tensors of 57 MB = 105 us at 4.3 TB/s.
 //
-// Grid: a block for each multiprocessor, 384 threads; 208 to 240 registers a thread that multiplies.
-// Not measured yet. Launch settings: attention_plan_sm90_long.h.
+// Grid: a block for each multiprocessor, 384 threads; 208 to 240 registers a thread that
+// multiplies. Not measured yet. Launch settings: attention_plan_sm90_long.h.
 #include "attention/attention_sm90_long_backward.cuh"
 
 namespace vitkernels::attention {
@@ -91,13 +92,15 @@ struct Shared {
     MBarrier* const first = barriers + 2 * kGroups;
     return {first, first + kMostTiles, count};
   }
-  VK_DEVICE float4* handed(int bytes) const {  // what the tails' warps hand over
-    return reinterpret_cast<float4*>(reinterpret_cast<char*>(barriers) + kLongBarrierBytes + bytes);
+  template <bool BY_KEY>
+  VK_DEVICE float4* of_tail(int share) const {
+    char* const first = reinterpret_cast<char*>(barriers) + kLongBarrierBytes;
+    return reinterpret_cast<float4*>(first + share * tail_bytes(WIDTH, BY_KEY));
   }
 };
 
-VK_DEVICE int first_row(const BackwardPlan& p, int item, int group) {
-  return (item % p.items * kGroups + group) * kTile;
+VK_DEVICE int first_row(int item_of_head, int group) {
+  return (item_of_head * kGroups + group) * kTile;
 }
 
 template <int WIDTH, int COLUMNS>
@@ -107,10 +110,11 @@ VK_DEVICE void load_items(const Shared<WIDTH, COLUMNS>& shared, const Maps& near
   int near_phase[kGroups] = {};
   const int items = a.B * a.H * p.items, step = static_cast<int>(gridDim.x);
   for (int item = static_cast<int>(blockIdx.x); item < items; item += step) {
-    const Head head = head_at(a, item / p.items);
+    const Division at(item, p.items);
+    const Head head = head_at(a, at.quotient);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      const int row = first_row(p, item, group);
+      const int row = first_row(at.rest, group);
       if (row >= p.rows) continue;
       MBarrier* const full = shared.near_full(group);
       mbarrier_wait(shared.near_empty(group), near_phase[group] ^ 1);
@@ -135,14 +139,13 @@ VK_DEVICE void release(MBarrier* empty) {
   if (lane_index() == 0) mbarrier_arrive(empty);
 }
 
-// One warpgroup's item: dQ of 64 queries, or dK and dV of 64 keys.
+// One warpgroup's item: dQ of 64 queries from `first_of` on, or dK and dV of 64 keys.
 template <DType TYPE, int WIDTH, int COLUMNS, bool BY_KEY>
 VK_DEVICE void multiply_item(const Shared<WIDTH, COLUMNS>& shared, Ring& ring, const Args& a,
-                             const BackwardPlan& p, const RowStats* stats_of_all, int item,
-                             int group) {
-  const int index = item / p.items, lane = lane_index();
+                             const BackwardPlan& p, const RowStats* stats_of_all, int index,
+                             int first_of, int group) {
+  const int lane = lane_index(), row = first_of + warp_index() % 4 * 16 + lane / 4;
   const Head head = head_at(a, index);
-  const int row = first_row(p, item, group) + warp_index() % 4 * 16 + lane / 4;
   const RowStats* const of_head = stats_of_all + static_cast<int64_t>(index) * p.stats_rows;
   Stats<BY_KEY> stats{};
   if constexpr (!BY_KEY) stats.rows[0] = of_head[row], stats.rows[1] = of_head[row + 8];
@@ -209,14 +212,16 @@ struct TailWarp {
       rows.add_rows(first, second, at, start + at);
   }
 
-  VK_DEVICE void merge(Rows& rows) const {
-    constexpr int kBytes = handed_gradients(WIDTH, BY_KEY);
+  VK_DEVICE void load(const Rows& rows) const {
     barrier_sync(kMerge, kTailShares * kWarp);  // what was handed over before has been taken
-    if (share > 0) rows.give(shared.handed((share - 1) * kBytes));
+    rows.load();
+  }
+  VK_DEVICE void merge(Rows& rows) const {
+    if (share > 0) rows.give();
     barrier_sync(kMerge, kTailShares * kWarp);
     if (share > 0) return;
     for (int other = 1; other < kTailShares; ++other)
-      rows.take(shared.handed((other - 1) * kBytes));
+      rows.take(shared.template of_tail<BY_KEY>(other));
     rows.store();
   }
 
@@ -224,10 +229,15 @@ struct TailWarp {
     const int items = a.B * a.H * p.items, whole = p.rows / (kGroups * kTile);
     for (int item = static_cast<int>(blockIdx.x); item < items;
          item += static_cast<int>(gridDim.x)) {
-      const int index = item / p.items, tail = tail_of(p.tails, whole, index, item % p.items);
-      Rows rows{a, p.general, index, p.rows + tail * kTailRows,
-                stats_of_all + static_cast<int64_t>(index) * p.stats_rows};
-      if (tail != kNoTail) rows.load();
+      const Division at(item, p.items);
+      const int index = at.quotient, tail = tail_of(p.tails, whole, index, at.rest);
+      Rows rows{a,
+                p.general,
+                index,
+                p.rows + tail * kTailRows,
+                stats_of_all + static_cast<int64_t>(index) * p.stats_rows,
+                shared.template of_tail<BY_KEY>(share)};
+      if (tail != kNoTail) load(rows);
       for (int tile = 0; tile < p.tiles; ++tile) {  // every phase is seen, with or without a tail
         mbarrier_wait(ring.full + ring.slot(), ring.phase());
         if (tail != kNoTail) add_tile(rows, tile);
@@ -263,7 +273,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     give_up_registers<registers_beside(kRegisters)>();
     if (warp == 4 * kGroups) {
       if (lane_index() == 0) load_items(shared, near, far, a, p);
-    } else if constexpr (backward_tails(WIDTH)) {
+    } else if constexpr (backward_tails(WIDTH, BY_KEY)) {
       const int share = warp - 4 * kGroups - 1;
       if (p.tails > 0)
         TailWarp<TYPE, WIDTH, COLUMNS, BY_KEY>{shared, ring, a, p, stats, share}.run();
@@ -274,10 +284,13 @@ __global__ void __launch_bounds__(kLongThreads, 1)
   const int group = warp / 4, items = a.B * a.H * p.items, step = static_cast<int>(gridDim.x);
   int near_phase = 0;
   for (int item = static_cast<int>(blockIdx.x); item < items; item += step) {
-    if (first_row(p, item, group) < p.rows) {
+    const Division at(item, p.items);
+    const int first = first_row(at.rest, group);
+    if (first < p.rows) {
       mbarrier_wait(shared.near_full(group), near_phase);
       near_phase ^= 1;
-      multiply_item<TYPE, WIDTH, COLUMNS, BY_KEY>(shared, ring, a, p, stats, item, group);
+      multiply_item<TYPE, WIDTH, COLUMNS, BY_KEY>(shared, ring, a, p, stats, at.quotient, first,
+                                                  group);
       continue;
     }
     for (int tile = 0; tile < p.tiles; ++tile) {  // no rows: every phase is seen all the same

@@ -132,36 +132,50 @@ struct GradientTail {
   static constexpr int kSteps = WIDTH / 16;
   const Args& a;
   bool general;
-  int index, row;                                                 // the head, the first row
-  const RowStats* of_head;                                        // of each query
-  FragmentB rows[2][kSteps] = {};                                 // Q^T and dO^T, or K^T and V^T
+  int index, row;           // the head, the first row
+  const RowStats* of_head;  // of each query
+  float4* own;              // the warp's shared memory, where each lane reads what it wrote
   FragmentC sums[kSteps] = {}, values[BY_KEY ? kSteps : 1] = {};  // dQ^T or dK^T; dV^T
 
   VK_DEVICE int count() const { return BY_KEY ? a.Nk : a.Nq; }
   VK_DEVICE int column() const { return row + lane_index() % 4 * 2; }  // of element 0
 
-  VK_DEVICE void load() {
+  // Q^T, dO^T (which = 1) or K^T, V^T, of a step: they stay in shared memory, for registers are
+  // few.
+  VK_DEVICE FragmentB* fragment(int which, int step) const {
+    return reinterpret_cast<FragmentB*>(own) + (which * kSteps + step) * kWarp + lane_index();
+  }
+  VK_DEVICE void load() const {
     const Head head = head_at(a, index);
-    load_tail(rows[0], BY_KEY ? a.k : a.q, head, row, count(), a.D);
-    load_tail(rows[1], BY_KEY ? a.v : a.dout, head, row, count(), a.D);
+    const HeadView* const views[2] = {BY_KEY ? &a.k : &a.q, BY_KEY ? &a.v : &a.dout};
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      FragmentB rows[kSteps];
+      load_tail(rows, *views[which], head, row, count(), a.D);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) *fragment(which, step) = rows[step];
+    }
   }
 
   // 16 rows of the other side, from row `at` of its tiles on, which are the head's from `far` on.
   VK_DEVICE void add_rows(const Tile& first, const Tile& second, int at, int far) {
     const int lane = lane_index(), mine = far + lane / 4;
-    const Head head = head_at(a, index);
     FragmentC p = {}, ds = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       FragmentA f;
       load_matrices(f.r, chunk_at<WIDTH>(first, at + lane % 16, step, lane / 16));
-      mma_m16n8k16<TYPE>(p, f, rows[0][step]);
+      mma_m16n8k16<TYPE>(p, f, *fragment(0, step));
       load_matrices(f.r, chunk_at<WIDTH>(second, at + lane % 16, step, lane / 16));
-      mma_m16n8k16<TYPE>(ds, f, rows[1][step]);
+      mma_m16n8k16<TYPE>(ds, f, *fragment(1, step));
     }
 
+    // Addresses of bias and masks and the like are not to wait in registers for the next rows.
+    int own = index, first_column = column();
+    pin_registers(own), pin_registers(first_column);
+    const Head head = head_at(a, own);
     const auto place = [&](int i) {
-      const int r = mine + i / 2 * 8, c = column() + i % 2;
+      const int r = mine + i / 2 * 8, c = first_column + i % 2;
       return BY_KEY ? Place{r, c} : Place{c, r};
     };
     TailStats<BY_KEY> stats;
@@ -202,9 +216,9 @@ struct GradientTail {
       if constexpr (BY_KEY) use(values[j], (kSteps + j) * kWarp + lane_index());
     }
   }
-  VK_DEVICE void give(float4* to) {
+  VK_DEVICE void give() {
     each_sum(
-        [&](const FragmentC& c, int at) { to[at] = make_float4(c.v[0], c.v[1], c.v[2], c.v[3]); });
+        [&](const FragmentC& c, int at) { own[at] = make_float4(c.v[0], c.v[1], c.v[2], c.v[3]); });
   }
   VK_DEVICE void take(const float4* from) {
     each_sum([&](FragmentC& c, int at) {

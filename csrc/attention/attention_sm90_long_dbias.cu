@@ -99,11 +99,11 @@ __global__ void __launch_bounds__(kLongThreads, 1)
   }
   __syncthreads();
   if (warp >= 4 * kGroups) {
-    give_up_registers<kLoaderRegisters>();
+    give_up_registers<registers_beside(kMostRegisters)>();
     if (warp == 4 * kGroups && lane == 0) load_items(shared, near, far, a, p);
     return;
   }
-  take_registers<kConsumerRegisters>();
+  take_registers<kMostRegisters>();
   const int group = warp / 4;
   for (int i = static_cast<int>(blockIdx.x); i < p.all; i += static_cast<int>(gridDim.x)) {
     const Item item(a, p, i);

@@ -11,8 +11,6 @@
 
 namespace vitkernels::attention::sm90_long {
 
-constexpr int kTailKeys = 32;  // at a time
-
 // Over the lanes of a query.
 VK_DEVICE float query_max(float x) {
 #pragma unroll
@@ -54,7 +52,9 @@ VK_DEVICE void store_tail(const FragmentC (&o)[STEPS], const float (&by)[2], con
 
 template <DType TYPE, int WIDTH, bool GENERAL>
 struct Tail {
-  static constexpr int kSteps = WIDTH / 16, kParts = kTailKeys / 16;
+  static constexpr int kSteps = WIDTH / 16;
+  static constexpr int kParts = GENERAL ? 1 : 2;  // of 16 keys at a time
+  static constexpr int kKeys = 16 * kParts;
   const Args& a;
   int index, row;            // the head, b * H + h; the first query
   FragmentB q[kSteps] = {};  // Q^T
@@ -91,11 +91,10 @@ struct Tail {
       for (int i = 0; i < 4; ++i) o[j].v[i] *= by[i % 2];
   }
 
-  // kTailKeys keys from row `at` of the tile on, which are the head's from `key` on; none from
+  // kKeys keys from row `at` of the tile on, which are the head's from `key` on; none from
   // `end` on.
   VK_DEVICE void add_keys(const Tile& k, const Tile& v, int at, int key, int end) {
     const int lane = lane_index();
-    const Head head = head_at(a, index);
     FragmentC products[kParts] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
@@ -107,10 +106,14 @@ struct Tail {
         mma_m16n8k16<TYPE>(products[part], f, q[step]);
       }
 
-    float s[4 * kParts], low[2];
+    // Addresses of bias and masks and the like are not to wait in registers for the next keys.
+    int own = index, first = query();
+    if constexpr (GENERAL) pin_registers(own), pin_registers(first);
+    const Head head = head_at(a, own);
     const auto place = [&](int i) {
-      return Place{query() + i % 2, key + i / 4 * 16 + i % 4 / 2 * 8 + lane / 4};
+      return Place{first + i % 2, key + i / 4 * 16 + i % 4 / 2 * 8 + lane / 4};
     };
+    float s[4 * kParts], low[2];
     const float by = a.scale * kLog2e;
 #pragma unroll
     for (int i = 0; i < 4 * kParts; ++i) s[i] = products[i / 4].v[i % 4];
