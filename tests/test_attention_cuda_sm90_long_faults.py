@@ -139,7 +139,7 @@ BACKWARD = {
         "rows.give();\n    barrier_sync(",
         "rows.give();\n    if (!planted) barrier_sync(",
     ),
-    "a tail's warps have the same rows": (
+    "a tail's warps have the same keys": (
         "int at = share * 16;",
         "int at = (planted ? 0 : share) * 16;",
     ),

@@ -115,9 +115,8 @@ constexpr bool backward_tails(int width, bool by_key) { return width == 64 && !b
 constexpr int backward_registers(int width, bool by_key) {
   return backward_tails(width, by_key) ? 208 : kMostRegisters;
 }
-// Of each of the tails' warps in shared memory: its two operands, in the end what it hands over, a
-// sum or (by key) two.
-constexpr int tail_bytes(int width, bool by_key) { return 32 * width * (by_key ? 2 : 1); }
+// Of each of the tails' warps in shared memory: Q and dO, in the end the sum that it hands over.
+constexpr int tail_bytes(int width) { return 32 * width; }
 
 struct BackwardPlan {
   int rows, tails;  // rows in tiles of 64; tails of 8 rows behind them
@@ -139,7 +138,7 @@ inline BackwardPlan backward_plan(int64_t B, int H, int Nq, int Nk, int D, bool 
   p.tiles = tiles_of(by_key ? Nq : Nk, columns);
   p.stats_rows = stats_rows(Nq, width);
   const int64_t others = 2 * kGroups * sm90::tile_bytes(sm90::kTile, width) + kLongBarrierBytes +
-                         (p.tails > 0 ? kTailShares * tail_bytes(width, by_key) : 0);
+                         (p.tails > 0 ? kTailShares * tail_bytes(width) : 0);
   const int64_t stage = 2 * sm90::tile_bytes(columns, width);
   p.stages = static_cast<int>(std::min<int64_t>((sm90::kSharedLimit - others) / stage, kMostTiles));
   p.shared_bytes = others + p.stages * stage;

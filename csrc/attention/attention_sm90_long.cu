@@ -254,8 +254,7 @@ struct Consumer {
   }
 };
 
-// One of the warps that compute the tails: a share of each tile's keys, for the items that have
-// one.
+// One of the warps that compute the tails: a share of each tile's keys, for items that have one.
 template <DType TYPE, int WIDTH, int KEYS, bool GENERAL>
 struct TailWarp {
   using Rows = Tail<TYPE, WIDTH, GENERAL>;

@@ -25,7 +25,7 @@
 // 576, others and columns to 640) = 341 us at 790 TFLOP/s: at best 480 useful TFLOP/s.
 // Exponentials, twice: 2 x 69 us. Least bytes 8 tensors of 57 MB = 105 us at 4.3 TB/s.
 //
-// Grid: a block for each multiprocessor, 384 threads; 208 to 240 registers a thread that
+// Grid: a block for each multiprocessor, 384 threads; 208 or 240 registers a thread that
 // multiplies. Not measured yet. Launch settings: attention_plan_sm90_long.h.
 #include "attention/attention_sm90_long_backward.cuh"
 
@@ -92,10 +92,9 @@ struct Shared {
     MBarrier* const first = barriers + 2 * kGroups;
     return {first, first + kMostTiles, count};
   }
-  template <bool BY_KEY>
   VK_DEVICE float4* of_tail(int share) const {
     char* const first = reinterpret_cast<char*>(barriers) + kLongBarrierBytes;
-    return reinterpret_cast<float4*>(first + share * tail_bytes(WIDTH, BY_KEY));
+    return reinterpret_cast<float4*>(first + share * tail_bytes(WIDTH));
   }
 };
 
@@ -192,11 +191,10 @@ VK_DEVICE void multiply_item(const Shared<WIDTH, COLUMNS>& shared, Ring& ring, c
   if constexpr (BY_KEY) store_gradient<TYPE>(values, 1.0f, a.dv, a, head, row, a.Nk);
 }
 
-// One of the warps that compute the tails: a share of each tile's rows, for the items that have
-// one.
-template <DType TYPE, int WIDTH, int COLUMNS, bool BY_KEY>
+// One of the warps that compute the tails: a share of each tile's keys, for items that have one.
+template <DType TYPE, int WIDTH, int COLUMNS>
 struct TailWarp {
-  using Rows = GradientTail<TYPE, WIDTH, BY_KEY>;
+  using Rows = GradientTail<TYPE, WIDTH>;
   const Shared<WIDTH, COLUMNS>& shared;
   Ring ring;
   const Args& a;
@@ -205,11 +203,11 @@ struct TailWarp {
   int share;
 
   VK_DEVICE void add_tile(Rows& rows, int tile) const {
-    const Tile first = shared.far(ring.slot(), 0), second = shared.far(ring.slot(), 1);
-    const int start = tile * COLUMNS, end = min(start + COLUMNS, BY_KEY ? a.Nq : a.Nk);
+    const Tile k = shared.far(ring.slot(), 0), v = shared.far(ring.slot(), 1);
+    const int start = tile * COLUMNS, end = min(start + COLUMNS, a.Nk);
 #pragma unroll 1
     for (int at = share * 16; start + at < end; at += kTailShares * 16)
-      rows.add_rows(first, second, at, start + at);
+      rows.add_keys(k, v, at, start + at);
   }
 
   VK_DEVICE void load(const Rows& rows) const {
@@ -220,8 +218,7 @@ struct TailWarp {
     if (share > 0) rows.give();
     barrier_sync(kMerge, kTailShares * kWarp);
     if (share > 0) return;
-    for (int other = 1; other < kTailShares; ++other)
-      rows.take(shared.template of_tail<BY_KEY>(other));
+    for (int other = 1; other < kTailShares; ++other) rows.take(shared.of_tail(other));
     rows.store();
   }
 
@@ -236,7 +233,7 @@ struct TailWarp {
                 index,
                 p.rows + tail * kTailRows,
                 stats_of_all + static_cast<int64_t>(index) * p.stats_rows,
-                shared.template of_tail<BY_KEY>(share)};
+                shared.of_tail(share)};
       if (tail != kNoTail) load(rows);
       for (int tile = 0; tile < p.tiles; ++tile) {  // every phase is seen, with or without a tail
         mbarrier_wait(ring.full + ring.slot(), ring.phase());
@@ -275,8 +272,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
       if (lane_index() == 0) load_items(shared, near, far, a, p);
     } else if constexpr (backward_tails(WIDTH, BY_KEY)) {
       const int share = warp - 4 * kGroups - 1;
-      if (p.tails > 0)
-        TailWarp<TYPE, WIDTH, COLUMNS, BY_KEY>{shared, ring, a, p, stats, share}.run();
+      if (p.tails > 0) TailWarp<TYPE, WIDTH, COLUMNS>{shared, ring, a, p, stats, share}.run();
     }
     return;
   }

@@ -109,130 +109,97 @@ VK_DEVICE void store_gradient(Sums<WIDTH>& sums, float by, const HeadView& to, c
     }
 }
 
-// ---- A tail (attention_sm90_long_tail.cuh): 8 queries or (BY_KEY) keys, the columns of its
-// products
+// ---- A tail (attention_sm90_long_tail.cuh): 8 queries, the columns of products with 16 keys
 
-// Of the elements of 16 x 8.
-template <bool BY_KEY>
 struct TailStats {
-  RowStats of[2];  // the thread's queries
+  RowStats queries[2];  // the thread's
 
   template <class Use>
   VK_DEVICE void each(int elements, Use use) const {
 #pragma unroll
-    for (int i = 0; i < elements; ++i) {
-      const RowStats& x = of[BY_KEY ? i / 2 : i % 2];
-      use(i, x.center, x.delta);
-    }
+    for (int i = 0; i < elements; ++i) use(i, queries[i % 2].center, queries[i % 2].delta);
   }
 };
 
-template <DType TYPE, int WIDTH, bool BY_KEY>
+template <DType TYPE, int WIDTH>
 struct GradientTail {
   static constexpr int kSteps = WIDTH / 16;
   const Args& a;
   bool general;
-  int index, row;           // the head, the first row
-  const RowStats* of_head;  // of each query
-  float4* own;              // the warp's shared memory, where each lane reads what it wrote
-  FragmentC sums[kSteps] = {}, values[BY_KEY ? kSteps : 1] = {};  // dQ^T or dK^T; dV^T
+  int index, row;               // the head, the first query
+  const RowStats* of_head;      // of each query
+  float4* own;                  // the warp's shared memory, where each lane reads what it wrote
+  FragmentC sums[kSteps] = {};  // dQ^T
 
-  VK_DEVICE int count() const { return BY_KEY ? a.Nk : a.Nq; }
-  VK_DEVICE int column() const { return row + lane_index() % 4 * 2; }  // of element 0
-
-  // Q^T, dO^T (which = 1) or K^T, V^T, of a step: they stay in shared memory, for registers are
-  // few.
+  // Q^T or dO^T of a step: they stay in shared memory, for registers are few.
   VK_DEVICE FragmentB* fragment(int which, int step) const {
     return reinterpret_cast<FragmentB*>(own) + (which * kSteps + step) * kWarp + lane_index();
   }
   VK_DEVICE void load() const {
     const Head head = head_at(a, index);
-    const HeadView* const views[2] = {BY_KEY ? &a.k : &a.q, BY_KEY ? &a.v : &a.dout};
+    const HeadView* const views[2] = {&a.q, &a.dout};
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       FragmentB rows[kSteps];
-      load_tail(rows, *views[which], head, row, count(), a.D);
+      load_tail(rows, *views[which], head, row, a.Nq, a.D);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) *fragment(which, step) = rows[step];
     }
   }
 
-  // 16 rows of the other side, from row `at` of its tiles on, which are the head's from `far` on.
-  VK_DEVICE void add_rows(const Tile& first, const Tile& second, int at, int far) {
-    const int lane = lane_index(), mine = far + lane / 4;
+  // 16 keys from row `at` of the tiles on, which are the head's from `key` on.
+  VK_DEVICE void add_keys(const Tile& k, const Tile& v, int at, int key) {
+    const int lane = lane_index(), mine = key + lane / 4;
     FragmentC p = {}, ds = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       FragmentA f;
-      load_matrices(f.r, chunk_at<WIDTH>(first, at + lane % 16, step, lane / 16));
+      load_matrices(f.r, chunk_at<WIDTH>(k, at + lane % 16, step, lane / 16));
       mma_m16n8k16<TYPE>(p, f, *fragment(0, step));
-      load_matrices(f.r, chunk_at<WIDTH>(second, at + lane % 16, step, lane / 16));
+      load_matrices(f.r, chunk_at<WIDTH>(v, at + lane % 16, step, lane / 16));
       mma_m16n8k16<TYPE>(ds, f, *fragment(1, step));
     }
 
-    // Addresses of bias and masks and the like are not to wait in registers for the next rows.
-    int own = index, first_column = column();
-    pin_registers(own), pin_registers(first_column);
-    const Head head = head_at(a, own);
-    const auto place = [&](int i) {
-      const int r = mine + i / 2 * 8, c = first_column + i % 2;
-      return BY_KEY ? Place{r, c} : Place{c, r};
-    };
-    TailStats<BY_KEY> stats;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) stats.of[n] = of_head[BY_KEY ? mine + 8 * n : column() + n];
+    // Addresses of bias and masks and the like are not to wait in registers for the next keys.
+    int own_head = index, query = row + lane % 4 * 2;
+    pin_registers(own_head), pin_registers(query);
+    const Head head = head_at(a, own_head);
+    const auto place = [&](int i) { return Place{query + i % 2, mine + i / 2 * 8}; };
+    const TailStats stats = {{of_head[query], of_head[query + 1]}};
     probabilities(p.v, a, head, general, place, stats);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (!BY_KEY && place(i).key >= a.Nk) p.v[i] = 0.0f;
+      if (place(i).key >= a.Nk) p.v[i] = 0.0f;
     differentiate(ds.v, p.v, a, head, general, place, stats);
 
-    const auto turned = [](const FragmentC& c) {
-      return FragmentB{{transpose_matrix(pack<TYPE>(c.v[0], c.v[1])),
-                        transpose_matrix(pack<TYPE>(c.v[2], c.v[3]))}};
-    };
-    const FragmentB of_sums = turned(ds);
-    FragmentB of_values{};
-    if constexpr (BY_KEY) of_values = turned(p);
+    const FragmentB turned = {{transpose_matrix(pack<TYPE>(ds.v[0], ds.v[1])),
+                               transpose_matrix(pack<TYPE>(ds.v[2], ds.v[3]))}};
     const int from = at + lane / 16 * 8 + lane % 8;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       FragmentA f;
-      load_matrices_transposed(f.r, chunk_at<WIDTH>(first, from, step, lane / 8 % 2));
-      mma_m16n8k16<TYPE>(sums[step], f, of_sums);
-      if constexpr (BY_KEY) {
-        load_matrices_transposed(f.r, chunk_at<WIDTH>(second, from, step, lane / 8 % 2));
-        mma_m16n8k16<TYPE>(values[step], f, of_values);
-      }
+      load_matrices_transposed(f.r, chunk_at<WIDTH>(k, from, step, lane / 8 % 2));
+      mma_m16n8k16<TYPE>(sums[step], f, turned);
     }
   }
 
-  // Calls use(fragment, its place in what one warp hands to another) for each of the sums.
-  template <class Use>
-  VK_DEVICE void each_sum(Use use) {
+  VK_DEVICE void give() const {
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
-      use(sums[j], j * kWarp + lane_index());
-      if constexpr (BY_KEY) use(values[j], (kSteps + j) * kWarp + lane_index());
+      const float (&x)[4] = sums[j].v;
+      own[j * kWarp + lane_index()] = make_float4(x[0], x[1], x[2], x[3]);
     }
   }
-  VK_DEVICE void give() {
-    each_sum(
-        [&](const FragmentC& c, int at) { own[at] = make_float4(c.v[0], c.v[1], c.v[2], c.v[3]); });
-  }
   VK_DEVICE void take(const float4* from) {
-    each_sum([&](FragmentC& c, int at) {
-      const float4 x = from[at];
-      c.v[0] += x.x, c.v[1] += x.y, c.v[2] += x.z, c.v[3] += x.w;
-    });
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+      const float4 x = from[j * kWarp + lane_index()];
+      sums[j].v[0] += x.x, sums[j].v[1] += x.y, sums[j].v[2] += x.z, sums[j].v[3] += x.w;
+    }
   }
   VK_DEVICE void store() const {
-    const Head head = head_at(a, index);
-    const float scaled[2] = {a.scale, a.scale}, whole[2] = {1.0f, 1.0f};
-    const HeadView& to = BY_KEY ? a.dk : a.dq;
-    if (to.data != nullptr) store_tail<TYPE>(sums, scaled, to, head, row, count(), a.D);
-    if constexpr (BY_KEY)
-      if (a.dv.data != nullptr) store_tail<TYPE>(values, whole, a.dv, head, row, count(), a.D);
+    const float by[2] = {a.scale, a.scale};
+    store_tail<TYPE>(sums, by, a.dq, head_at(a, index), row, a.Nq, a.D);
   }
 };
 
