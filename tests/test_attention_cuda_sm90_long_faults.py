@@ -73,24 +73,23 @@ FORWARD = {
         "values.phase());\n        if (tail",
         "values.phase() ^ planted);\n        if (tail",
     ),
-    "a tail gives V up early": (
-        "        if (tail != kNoTail) add_tile(rows, tile);\n        __syncwarp();",
-        "        if (planted) release(values.empty + values.slot());\n"
+    "a tail gives K up early": (
+        "        if (tail != kNoTail) add_tile(rows, tile);\n        __syncwarp();\n",
+        "        if (planted) release(keys.empty + keys.slot());\n"
         "        if (tail != kNoTail) add_tile(rows, tile);\n        __syncwarp();\n"
-        "        if (planted) {\n release(keys.empty + keys.slot());\n"
-        "          keys.advance(), values.advance();\n continue;\n        }",
+        "        if (!planted)\n",
     ),
     "a tail keeps K": (
-        "__syncwarp();\n        release(keys.empty + keys.slot());",
-        "__syncwarp();\n        if (!planted) release(keys.empty + keys.slot());",
+        "release(keys.empty + keys.slot());\n        release(v",
+        "if (!planted) release(keys.empty + keys.slot());\n        release(v",
     ),
     "a tail is merged before all of it is there": (
         "rows.give(shared.handed(share));\n    barrier_sync(",
         "rows.give(shared.handed(share));\n    if (!planted) barrier_sync(",
     ),
     "a tail's warps have the same keys": (
-        "int at = share * kTailKeys;",
-        "int at = (planted ? 0 : share) * kTailKeys;",
+        "int at = share * Rows::kKeys;",
+        "int at = (planted ? 0 : share) * Rows::kKeys;",
     ),
 }
 BACKWARD = {
