@@ -113,7 +113,7 @@ constexpr int stats_rows(int Nq, int width) {
 
 constexpr bool backward_tails(int width, bool by_key) { return width == 64 && !by_key; }
 constexpr int backward_registers(int width, bool by_key) {
-  return backward_tails(width, by_key) ? 208 : kMostRegisters;
+  return backward_tails(width, by_key) ? 200 : kMostRegisters;
 }
 // Of each of the tails' warps in shared memory: Q and dO, in the end the sum that it hands over.
 constexpr int tail_bytes(int width) { return 32 * width; }

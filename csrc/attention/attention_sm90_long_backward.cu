@@ -25,7 +25,7 @@
 // 576, others and columns to 640) = 341 us at 790 TFLOP/s: at best 480 useful TFLOP/s.
 // Exponentials, twice: 2 x 69 us. Least bytes 8 tensors of 57 MB = 105 us at 4.3 TB/s.
 //
-// Grid: a block for each multiprocessor, 384 threads; 208 or 240 registers a thread that
+// Grid: a block for each multiprocessor, 384 threads; 200 or 240 registers a thread that
 // multiplies. Not measured yet. Launch settings: attention_plan_sm90_long.h.
 #include "attention/attention_sm90_long_backward.cuh"
 

@@ -152,12 +152,15 @@ struct GradientTail {
     const int lane = lane_index(), mine = key + lane / 4;
     FragmentC p = {}, ds = {};
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      FragmentA f;
-      load_matrices(f.r, chunk_at<WIDTH>(k, at + lane % 16, step, lane / 16));
-      mma_m16n8k16<TYPE>(p, f, *fragment(0, step));
-      load_matrices(f.r, chunk_at<WIDTH>(v, at + lane % 16, step, lane / 16));
-      mma_m16n8k16<TYPE>(ds, f, *fragment(1, step));
+    for (int step = 0; step < kSteps; step += 2) {  // loads of two steps wait for no product
+      FragmentA f[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        load_matrices(f[i].r,
+                      chunk_at<WIDTH>(i % 2 == 0 ? k : v, at + lane % 16, step + i / 2, lane / 16));
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        mma_m16n8k16<TYPE>(i % 2 == 0 ? p : ds, f[i], *fragment(i % 2, step + i / 2));
     }
 
     // Addresses of bias and masks and the like are not to wait in registers for the next keys.

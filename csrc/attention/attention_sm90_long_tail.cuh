@@ -97,14 +97,17 @@ struct Tail {
     const int lane = lane_index();
     FragmentC products[kParts] = {};
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
+    for (int part = 0; part < kParts; ++part) {
+      // Without a branch, so that loads wait for no product; what is read twice is hidden below.
+      const int from = (key + 16 * part < end ? at + 16 * part : at) + lane % 16;
+      FragmentA f[kSteps];
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {  // matrices: 16 keys (low columns), then high
-        if (key + 16 * part >= end) continue;
-        FragmentA f;
-        load_matrices(f.r, chunk_at<WIDTH>(k, at + 16 * part + lane % 16, step, lane / 16));
-        mma_m16n8k16<TYPE>(products[part], f, q[step]);
-      }
+      for (int step = 0; step < kSteps; ++step)  // matrices: 16 keys (low columns), then high
+        load_matrices(f[step].r, chunk_at<WIDTH>(k, from, step, lane / 16));
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+        mma_m16n8k16<TYPE>(products[part], f[step], q[step]);
+    }
 
     // Addresses of bias and masks and the like are not to wait in registers for the next keys.
     int own = index, first = query();
