@@ -70,16 +70,16 @@ def test_keys(Nk):
 
 
 @needs_kernels
-@pytest.mark.parametrize("D", [8, 40, 64, 72, 80, 96, 104, 128])
+@pytest.mark.parametrize("D", [8, 40, 48, 64, 72, 80, 96, 128])
 def test_head_dims(D):
-    for dtype, Nk in ((BF16, 305), (FP16, 282)):
-        check(attention_problem(1, 131, 1, D, dtype, Nk=Nk), f"Nk {Nk} D {D}")
+    dtype, Nk = (BF16, 305) if D % 16 == 0 else (FP16, 282)
+    check(attention_problem(1, 131, 1, D, dtype, Nk=Nk), f"Nk {Nk} D {D}")
 
 
 @needs_kernels
 def test_heads_take_turns():
     """Tails beside the first and the second item of a head, more items than blocks."""
-    for B, H, Nq, D in ((2, 3, 336, 64), (1, 5, 321, 80)):
+    for B, H, Nq, D in ((1, 3, 336, 64), (1, 3, 321, 80)):
         check(attention_problem(B, Nq, H, D, BF16, Nk=170), f"B {B} H {H} Nq {Nq} D {D}")
 
 
@@ -97,8 +97,8 @@ OPTIONS = [
 @needs_kernels
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o))
 def test_options(options):
-    for dtype, D in ((FP16, 64), (BF16, 48)):
-        check(attention_problem(2, 130, 2, D, dtype, Nk=290, **options), f"D {D} {options}")
+    dtype, D = (FP16, 48) if len(options) > 2 else (BF16, 64)
+    check(attention_problem(2, 130, 2, D, dtype, Nk=290, **options), f"D {D} {options}")
 
 
 @needs_kernels
@@ -185,30 +185,29 @@ def check_gradients(problem, what):
 @needs_kernels
 @pytest.mark.parametrize("past", [1, 2, 8, 9, 16, 17])
 def test_gradients(past):
-    for dtype, Nq, Nk in ((BF16, 256 + past, 66), (FP16, 70, 256 + past), (BF16, 257, 265)):
-        problem = backward_only(attention_problem, 1, Nq, 1, 64, dtype, Nk=Nk)
-        check_gradients(problem, f"Nq {Nq} Nk {Nk}")
+    dtype, Nk = (BF16, 66) if past % 2 == 0 else (FP16, 145)
+    problem = backward_only(attention_problem, 1, 256 + past, 1, 64, dtype, Nk=Nk)
+    check_gradients(problem, f"Nq 256 + {past} Nk {Nk}")
 
 
 @needs_kernels
-@pytest.mark.parametrize("D", [16, 56, 72, 128])
+@pytest.mark.parametrize("D", [16, 56, 72])
 def test_gradients_of_head_dims(D):
     """Tails of queries to 64 columns; wider heads, and keys, have none."""
-    problem = backward_only(attention_problem, 2, 131, 1, D, BF16, Nk=257)
+    problem = backward_only(attention_problem, 1, 131, 1, D, BF16, Nk=257)
     check_gradients(problem, f"D {D}")
 
 
 GRADIENT_OPTIONS = [
-    {"bias": (2, 2, 130, 257)},
-    {"key_padding_mask": (2, 257)},
-    {"bool_bias": (1, 2, 130, 257), "dropout_p": 0.2},
+    {"bias": (1, 2, 130, 257)},
+    {"key_padding_mask": (1, 257), "bool_bias": (1, 2, 130, 257), "dropout_p": 0.2},
 ]
 
 
 @needs_kernels
 @pytest.mark.parametrize("options", GRADIENT_OPTIONS, ids=lambda o: " ".join(o))
 def test_gradients_with_options(options):
-    problem = backward_only(attention_problem, 2, 130, 2, 64, BF16, Nk=257, **options)
+    problem = backward_only(attention_problem, 1, 130, 2, 64, BF16, Nk=257, **options)
     check_gradients(problem, str(options))
 
 
