@@ -272,7 +272,8 @@ PYBIND11_MODULE(_C, m) {
         return tail == sm90::kNoTail ? std::nullopt : std::optional<int>(tail);
       },
       py::arg("tails"), py::arg("whole_items"), py::arg("head"), py::arg("item"),
-      "Which tail of its head an item of attention's kernels of many tokens on sm_90 has, or None.");
+      "Which tail of its head an item of attention's forward of many tokens on sm_90 has, or "
+      "None.");
   m.def(
       "attention_sm90_long_backward_plan",
       [](int64_t B, int H, int Nq, int Nk, int D, bool by_key, int multiprocessors) {
@@ -280,7 +281,7 @@ PYBIND11_MODULE(_C, m) {
         const auto p = sm90::backward_plan(B, H, Nq, Nk, D, by_key, multiprocessors);
         const int width = sm90::long_width(D);
         return py::dict("width"_a = width, "columns"_a = sm90::backward_columns(width, by_key),
-                        "rows"_a = p.rows, "tails"_a = p.tails, "items"_a = p.items, "tiles"_a = p.tiles, "stages"_a = p.stages,
+                        "items"_a = p.items, "tiles"_a = p.tiles, "stages"_a = p.stages,
                         "stats_rows"_a = p.stats_rows, "shared_bytes"_a = p.shared_bytes,
                         "blocks"_a = p.blocks);
       },

@@ -296,10 +296,7 @@ def instance(width, by_key):
     parts, steps = (2 if width in (80, 96) else 1), COLUMNS[width][by_key] // 16
     products = 2 * width // 16 + (2 if by_key else 1) * parts * steps
     loads = 6 * (2 if width > 64 else 1)
-    tail = width == 64 and not by_key  # 16 keys at a time: S, dP and dQ, each with its LDSM
-    of_tail = {"HMMA": 3 * 4 * tail, "LDSM": 3 * 4 * tail, "MOVM": 2 * tail}
-    none = {"LDL": 0, "STL": 0, "ATOM": 0, "RED.": 0}
-    return {"HGMMA": products, "UTMALDG": loads, **of_tail, **none}
+    return {"HGMMA": products, "UTMALDG": loads, "LDL": 0, "STL": 0, "ATOM": 0, "RED.": 0}
 
 
 def compiled(part):

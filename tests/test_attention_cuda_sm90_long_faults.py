@@ -117,8 +117,8 @@ BACKWARD = {
         "if (before != nullptr && !planted) release(before);",
     ),
     "an idle group keeps a tile": (
-        "ring.phase());\n      release(ring.empty + ring.slot());",
-        "ring.phase());\n      if (!planted) release(ring.empty + ring.slot());",
+        "release(ring.empty + ring.slot());",
+        "if (!planted) release(ring.empty + ring.slot());",
     ),
     "the phase of the rows stays": ("near_phase ^= 1;", "near_phase ^= !planted;"),
     "the sums' first product adds": (
@@ -126,22 +126,6 @@ BACKWARD = {
         "begin_values<TYPE>(sums, ds, first, 0, COLUMNS, tile > 0 || planted);",
     ),
     "barriers not shown to TMA": ("mbarrier_fence_init();", "if (!planted) mbarrier_fence_init();"),
-    "a tail does not wait for a tile": (
-        "ring.phase());\n        if (tail",
-        "ring.phase() ^ planted);\n        if (tail",
-    ),
-    "a tail keeps a tile": (
-        "__syncwarp();\n        release(ring",
-        "__syncwarp();\n        if (!planted) release(ring",
-    ),
-    "a tail is merged before all of it is there": (
-        "rows.give();\n    barrier_sync(",
-        "rows.give();\n    if (!planted) barrier_sync(",
-    ),
-    "a tail's warps have the same keys": (
-        "int at = share * 16;",
-        "int at = (planted ? 0 : share) * 16;",
-    ),
 }
 
 PROLOGUE = """

@@ -1,5 +1,5 @@
-"""Rows past whole tiles in attention's sm_90 kernels of many tokens: what three warps compute by
-mma.sync, beside the warpgroups, is the same; plans."""
+"""Query rows past whole tiles in attention's sm_90 forward of many tokens: what three warps compute
+by mma.sync, beside the warpgroups, is the same; plans."""
 
 import math
 
@@ -8,13 +8,11 @@ import pytest
 import torch
 from attention_paths import forward, needs_kernels, qkv, raw
 from attention_problems import attention_problem
-from problems import DTYPE_IDS, check_repeats, output_gradients
-from problems import check as check_all
-from test_attention_cuda_sm90_backward import backward_only
+from problems import DTYPE_IDS
 
 from vitkernels import _native, testing
 from vitkernels.ops.attention import reference
-from vitkernels.testing import assert_bitwise_equal, assert_close_to_truth, grads_of
+from vitkernels.testing import assert_bitwise_equal, assert_close_to_truth
 
 FP32, BF16, FP16 = DTYPE_IDS
 
@@ -165,70 +163,6 @@ def test_a_head_has_the_same_bits_in_any_batch():
         assert_bitwise_equal(alone, [t[i : i + 1] for t in first])
 
 
-# ---- Backward
-
-
-def check_gradients(problem, what):
-    """All of them within the error model, and those of the last rows on their own."""
-    check_all(problem, "cuda", shape_class=f"sm90 long backward tail {what}")
-    tensors, doubles = (list(p.inputs.values()) for p in (problem, problem.double()))
-    with torch.no_grad():
-        grads = output_gradients(problem, [forward(problem)])
-    calls = ((problem.ours("cuda"), tensors), (problem.base(), tensors), (problem.truth(), doubles))
-    of_each = [grads_of(call, inputs, grads)[1][:3] for call, inputs in calls]
-    firsts = [t.shape[1] // 64 * 64 % t.shape[1] for t in tensors[:3]]
-    last = [[g[:, n:].contiguous() for g, n in zip(of, firsts, strict=True)] for of in of_each]
-    names = [f"last rows of d{name}, {what}" for name in "qkv"]
-    assert_close_to_truth(*last, dtype=problem.precision, what=names)
-
-
-@needs_kernels
-@pytest.mark.parametrize("past", [1, 2, 8, 9, 16, 17])
-def test_gradients(past):
-    dtype, Nk = (BF16, 66) if past % 2 == 0 else (FP16, 145)
-    problem = backward_only(attention_problem, 1, 256 + past, 1, 64, dtype, Nk=Nk)
-    check_gradients(problem, f"Nq 256 + {past} Nk {Nk}")
-
-
-@needs_kernels
-@pytest.mark.parametrize("D", [16, 56, 72])
-def test_gradients_of_head_dims(D):
-    """Tails of queries to 64 columns; wider heads, and keys, have none."""
-    problem = backward_only(attention_problem, 1, 131, 1, D, BF16, Nk=257)
-    check_gradients(problem, f"D {D}")
-
-
-GRADIENT_OPTIONS = [
-    {"bias": (1, 2, 130, 257)},
-    {"key_padding_mask": (1, 257), "bool_bias": (1, 2, 130, 257), "dropout_p": 0.2},
-]
-
-
-@needs_kernels
-@pytest.mark.parametrize("options", GRADIENT_OPTIONS, ids=lambda o: " ".join(o))
-def test_gradients_with_options(options):
-    problem = backward_only(attention_problem, 1, 130, 2, 64, BF16, Nk=257, **options)
-    check_gradients(problem, str(options))
-
-
-@needs_kernels
-def test_gradients_of_masked_rows_are_zero():
-    problem = backward_only(attention_problem, 1, 130, 2, 64, BF16, Nk=257, bias=(1, 2, 130, 257))
-    problem.inputs["bias"][..., 129, :] = problem.inputs["bias"][..., :, 256] = -math.inf
-    check_gradients(problem, "masked")
-    tensors = list(problem.inputs.values())
-    grads = [torch.randn(1, 130, 2, 64).to(BF16)]
-    dq, dk, dv, _ = grads_of(problem.ours("cuda"), tensors, grads)[1]
-    assert not dq[:, 129].any() and not dk[:, 256].any() and not dv[:, 256].any()
-    assert dq[:, 128].any() and dk[:, 255].any()
-
-
-@needs_kernels
-def test_unwanted_gradients():
-    problem = backward_only(attention_problem, 1, 130, 1, 64, BF16, Nk=257)
-    check_repeats(problem, "cuda", ("q", "k", "v"))
-
-
 # ---- Plans
 
 needs_plans = pytest.mark.skipif(
@@ -253,18 +187,6 @@ def test_every_row_is_in_one_place(D, general):
         assert p["rows"] == (N - past if p["tails"] else N)
         assert p["rows"] + 8 * (p["tails"] - 1) < N <= p["rows"] + 8 * p["tails"] or not p["tails"]
         assert p["stages"] == {32: 4, 64: 4, 80: 4, 96: 3, 128: 2}[D], "tails take none away"
-
-
-@needs_plans
-def test_rows_of_the_backward():
-    of = _native.build_facts().attention_sm90_long_backward_plan
-    for N in range(1, 1700, 3):
-        for by_key, D in ((False, 64), (True, 64), (False, 32), (True, 80), (False, 128)):
-            p = of(64, 12, *((99, N) if by_key else (N, 99)), D, by_key, 132)
-            tails = plan(N)["tails"] if D <= 64 and not by_key else 0
-            assert p["tails"] == tails and p["rows"] == (N // 64 * 64 if tails else N)
-            assert (p["items"] - 1) * 128 < p["rows"] <= p["items"] * 128
-            assert p["stages"] == (4 if p["width"] == 64 else p["stages"]), "tails take none away"
 
 
 @needs_plans

@@ -11,38 +11,13 @@ namespace vitkernels::attention::sm90_long {
 
 constexpr int kGroups = 2;  // warpgroups that multiply 64 query rows each; one more has the loader
 constexpr int kLongThreads = 128 * (kGroups + 1);
-// Of a thread that multiplies, where the others need none for tails; those of the others, so that
-// there are the 3 * 168 of the start together.
-constexpr int kMostRegisters = 240;
-constexpr int registers_beside(int registers) { return 3 * 168 - kGroups * registers; }
+constexpr int kConsumerRegisters = 240, kLoaderRegisters = 24;  // of a thread, without tails
 constexpr int kMostTiles = 4;
 constexpr int64_t kLongBarrierBytes = 8 * (2 * kGroups + 4 * kMostTiles);
 
 constexpr int long_width(int D) { return std::max(64, sm90::padded_width(D)); }
 
 constexpr int tiles_of(int n, int tile) { return (n + tile - 1) / tile; }
-
-// ---- Tails
-
-// Up to 16 rows past whole tiles of 64 are tails, of 8 rows each, which three warps beside the
-// loader compute: a tail beside an item of two whole tiles, so there must be as many of these.
-constexpr int kTailRows = 8, kMostTails = 2;
-constexpr int kTailShares = 3;  // warps, each with a share of the other side's rows
-constexpr int tails_of(int rows) {
-  const int tails = tiles_of(rows % sm90::kTile, kTailRows);
-  return tails <= kMostTails && tails <= rows / (kGroups * sm90::kTile) ? tails : 0;
-}
-constexpr int rows_before(int tails, int rows) {
-  return tails > 0 ? rows / sm90::kTile * sm90::kTile : rows;
-}
-// Of a head's item, or none. Heads take turns in which items have them, so that blocks, which go
-// through items in steps of the grid, get as many each.
-constexpr int kNoTail = kMostTails;
-constexpr int tail_of(int tails, int whole_items, int head, int item) {
-  if (tails == 0 || item >= whole_items) return kNoTail;
-  const int turn = (item + head / whole_items) % whole_items;
-  return turn < tails ? turn : kNoTail;
-}
 
 // ---- Forward
 
@@ -60,11 +35,31 @@ constexpr int64_t stage_bytes(int width, int keys) {
   return sm90::tile_bytes(stage_rows(keys), width);
 }
 
-// Beside those of wider heads there are too few registers for tails.
-constexpr bool forward_tails(int width, bool general) { return width <= (general ? 64 : 80); }
-// Of a thread that multiplies.
+// Up to 16 query rows past whole tiles of 64 are tails, of 8 rows each, which three warps beside
+// the loader compute: a tail beside an item of two whole tiles, so there must be as many of these.
+constexpr int kTailRows = 8, kMostTails = 2;
+constexpr int kTailShares = 3;  // warps, each with a share of every tile's keys
+// Wider heads leave too few registers.
+constexpr bool takes_tails(int width, bool general) { return width <= (general ? 64 : 80); }
+constexpr int tails_of(int Nq) {
+  const int tails = tiles_of(Nq % sm90::kTile, kTailRows);
+  return tails <= kMostTails && tails <= Nq / (kGroups * sm90::kTile) ? tails : 0;
+}
+// Which tail a head's item has, or none. Heads take turns in which items have them, so that blocks,
+// which go through items in steps of the grid, get as many each.
+constexpr int kNoTail = kMostTails;
+constexpr int tail_of(int tails, int whole_items, int head, int item) {
+  if (tails == 0 || item >= whole_items) return kNoTail;
+  const int turn = (item + head / whole_items) % whole_items;
+  return turn < tails ? turn : kNoTail;
+}
+
+// Of a thread that multiplies, and of any other: together the 3 * 168 of the start.
 constexpr int forward_registers(int width, bool general) {
-  return forward_tails(width, general) ? 200 : kMostRegisters;
+  return takes_tails(width, general) ? 200 : kConsumerRegisters;
+}
+constexpr int tail_registers(int width, bool general) {
+  return 3 * 168 - kGroups * forward_registers(width, general);
 }
 
 // What two of the tails' warps hand to the third: sums, maxima and sums of exponentials.
@@ -84,8 +79,8 @@ inline ForwardPlan forward_plan(int64_t B, int H, int Nq, int Nk, int D, bool ge
   ForwardPlan p{};
   p.width = long_width(D);
   p.keys = forward_keys(p.width, Nk, general);
-  p.tails = forward_tails(p.width, general) ? tails_of(Nq) : 0;
-  p.rows = rows_before(p.tails, Nq);
+  p.tails = takes_tails(p.width, general) ? tails_of(Nq) : 0;
+  p.rows = p.tails > 0 ? Nq / sm90::kTile * sm90::kTile : Nq;
   p.items = tiles_of(p.rows, kGroups * sm90::kTile);
   p.tiles = tiles_of(Nk, p.keys);
   const int64_t others = kGroups * sm90::tile_bytes(sm90::kTile, p.width) + kLongBarrierBytes +
@@ -111,18 +106,10 @@ constexpr int stats_rows(int Nq, int width) {
   return std::max(tiles_of(Nq, columns) * columns, tiles_of(Nq, sm90::kTile) * sm90::kTile);
 }
 
-constexpr bool backward_tails(int width, bool by_key) { return width == 64 && !by_key; }
-constexpr int backward_registers(int width, bool by_key) {
-  return backward_tails(width, by_key) ? 200 : kMostRegisters;
-}
-// Of each of the tails' warps in shared memory: Q and dO, in the end the sum that it hands over.
-constexpr int tail_bytes(int width) { return 32 * width; }
-
 struct BackwardPlan {
-  int rows, tails;  // rows in tiles of 64; tails of 8 rows behind them
-  int items;        // of a head: 128 rows each
-  int tiles;        // of the other side's columns
-  int stages;       // pairs of tiles in shared memory
+  int items;   // of a head: 128 rows each
+  int tiles;   // of the other side's columns
+  int stages;  // pairs of tiles in shared memory
   int stats_rows;
   int64_t shared_bytes, blocks;
   bool general;  // bias, padding mask or dropout
@@ -132,16 +119,13 @@ inline BackwardPlan backward_plan(int64_t B, int H, int Nq, int Nk, int D, bool 
                                   int multiprocessors) {
   BackwardPlan p{};
   const int width = long_width(D), columns = backward_columns(width, by_key);
-  p.tails = backward_tails(width, by_key) ? tails_of(by_key ? Nk : Nq) : 0;
-  p.rows = rows_before(p.tails, by_key ? Nk : Nq);
-  p.items = tiles_of(p.rows, kGroups * sm90::kTile);
+  p.items = tiles_of(by_key ? Nk : Nq, kGroups * sm90::kTile);
   p.tiles = tiles_of(by_key ? Nq : Nk, columns);
   p.stats_rows = stats_rows(Nq, width);
-  const int64_t others = 2 * kGroups * sm90::tile_bytes(sm90::kTile, width) + kLongBarrierBytes +
-                         (p.tails > 0 ? kTailShares * tail_bytes(width) : 0);
+  const int64_t rows = 2 * kGroups * sm90::tile_bytes(sm90::kTile, width) + kLongBarrierBytes;
   const int64_t stage = 2 * sm90::tile_bytes(columns, width);
-  p.stages = static_cast<int>(std::min<int64_t>((sm90::kSharedLimit - others) / stage, kMostTiles));
-  p.shared_bytes = others + p.stages * stage;
+  p.stages = static_cast<int>(std::min<int64_t>((sm90::kSharedLimit - rows) / stage, kMostTiles));
+  p.shared_bytes = rows + p.stages * stage;
   p.blocks = std::min<int64_t>(B * H * p.items, multiprocessors);
   return p;
 }

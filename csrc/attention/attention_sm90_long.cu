@@ -323,16 +323,15 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     mbarrier_fence_init();
   }
   __syncthreads();
-  constexpr int kRegisters = forward_registers(WIDTH, GENERAL);
   if (warp < 4 * kGroups) {
-    take_registers<kRegisters>();
+    take_registers<forward_registers(WIDTH, GENERAL)>();
     Consumer<TYPE, WIDTH, KEYS, GENERAL>{shared, a, p, warp / 4, keys, values}.run();
     return;
   }
-  give_up_registers<registers_beside(kRegisters)>();
+  give_up_registers<tail_registers(WIDTH, GENERAL)>();
   if (warp == 4 * kGroups) {
     if (lane_index() == 0) load_items(shared, maps, a, p);
-  } else if constexpr (forward_tails(WIDTH, GENERAL)) {
+  } else if constexpr (takes_tails(WIDTH, GENERAL)) {
     const int share = warp - 4 * kGroups - 1;
     if (p.tails > 0) TailWarp<TYPE, WIDTH, KEYS, GENERAL>{shared, a, p, share, keys, values}.run();
   }

@@ -17,24 +17,23 @@
 // A block stays and goes through items of 128 rows of a head. Warpgroups 0 and 1 multiply; a tile's
 // last two products run while the next tile's first two are begun, exponentials beside dP. One lane
 // of warp 8 loads: the rows of each warpgroup once an item, tiles of the other side through a ring.
-// Warps 9 to 11, by query and with heads to 64 columns: up to 16 rows past whole tiles, as in the
-// forward (attention_sm90_long.cu). Elsewhere too few registers are left for them: by key the sums
-// are two, and the warpgroups' threads need 226.
 //
-// That shape: 164 GFLOP are asked for, 270 computed with both passes and padding (rows by query to
-// 576, others and columns to 640) = 341 us at 790 TFLOP/s: at best 480 useful TFLOP/s.
-// Exponentials, twice: 2 x 69 us. Least bytes 8 tensors of 57 MB = 105 us at 4.3 TB/s.
+// That shape: 164 GFLOP are asked for, 282 computed with both passes and padding (rows and columns
+// to 640) = 357 us at 790 TFLOP/s: at best 459 useful TFLOP/s. Exponentials, twice: 2 x 69 us.
+// Least bytes 8 tensors of 57 MB = 105 us at 4.3 TB/s.
 //
-// Grid: a block for each multiprocessor, 384 threads; 200 or 240 registers a thread that
-// multiplies. Not measured yet. Launch settings: attention_plan_sm90_long.h.
+// Rows past whole tiles are no tails as in the forward, for want of registers: with 216 for a
+// thread that multiplies ptxas runs products by query one after another (by key 226 are needed),
+// and of the 72 that would leave a tail's threads they need 80 or more.
+//
+// Grid: a block for each multiprocessor, 384 threads; 240 registers a thread that multiplies. Not
+// measured yet. Launch settings: attention_plan_sm90_long.h.
 #include "attention/attention_sm90_long_backward.cuh"
 
 namespace vitkernels::attention {
 namespace {
 
 using namespace sm90_long;
-
-enum Barrier { kMerge = 1 };  // named, of the tails' warps
 
 constexpr int kStatsThreads = 128, kStatsLanes = 16;  // of a row, 8 elements each
 
@@ -66,7 +65,7 @@ __global__ void __launch_bounds__(kStatsThreads)
 }
 
 // The block's shared memory: the groups' rows (K and V by key, else Q and dO), then stages of
-// tiles of the other side, barriers, what the tails' warps hand over.
+// tiles of the other side, barriers.
 template <int WIDTH, int COLUMNS>
 struct Shared {
   static constexpr int kNearBytes = tile_bytes(kTile, WIDTH),
@@ -92,29 +91,24 @@ struct Shared {
     MBarrier* const first = barriers + 2 * kGroups;
     return {first, first + kMostTiles, count};
   }
-  VK_DEVICE float4* of_tail(int share) const {
-    char* const first = reinterpret_cast<char*>(barriers) + kLongBarrierBytes;
-    return reinterpret_cast<float4*>(first + share * tail_bytes(WIDTH));
-  }
 };
 
-VK_DEVICE int first_row(int item_of_head, int group) {
-  return (item_of_head * kGroups + group) * kTile;
+VK_DEVICE int first_row(const BackwardPlan& p, int item, int group) {
+  return (item % p.items * kGroups + group) * kTile;
 }
 
 template <int WIDTH, int COLUMNS>
 VK_DEVICE void load_items(const Shared<WIDTH, COLUMNS>& shared, const Maps& near, const Maps& far,
-                          const Args& a, const BackwardPlan& p) {
+                          const Args& a, const BackwardPlan& p, int rows) {
   Ring ring = shared.ring();
   int near_phase[kGroups] = {};
   const int items = a.B * a.H * p.items, step = static_cast<int>(gridDim.x);
   for (int item = static_cast<int>(blockIdx.x); item < items; item += step) {
-    const Division at(item, p.items);
-    const Head head = head_at(a, at.quotient);
+    const Head head = head_at(a, item / p.items);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      const int row = first_row(at.rest, group);
-      if (row >= p.rows) continue;
+      const int row = first_row(p, item, group);
+      if (row >= rows) continue;
       MBarrier* const full = shared.near_full(group);
       mbarrier_wait(shared.near_empty(group), near_phase[group] ^ 1);
       mbarrier_arrive_expect(full, 2 * kTile * 2 * WIDTH);
@@ -138,13 +132,14 @@ VK_DEVICE void release(MBarrier* empty) {
   if (lane_index() == 0) mbarrier_arrive(empty);
 }
 
-// One warpgroup's item: dQ of 64 queries from `first_of` on, or dK and dV of 64 keys.
+// One warpgroup's item: dQ of 64 queries, or dK and dV of 64 keys.
 template <DType TYPE, int WIDTH, int COLUMNS, bool BY_KEY>
 VK_DEVICE void multiply_item(const Shared<WIDTH, COLUMNS>& shared, Ring& ring, const Args& a,
-                             const BackwardPlan& p, const RowStats* stats_of_all, int index,
-                             int first_of, int group) {
-  const int lane = lane_index(), row = first_of + warp_index() % 4 * 16 + lane / 4;
+                             const BackwardPlan& p, const RowStats* stats_of_all, int item,
+                             int group) {
+  const int index = item / p.items, lane = lane_index();
   const Head head = head_at(a, index);
+  const int row = first_row(p, item, group) + warp_index() % 4 * 16 + lane / 4;
   const RowStats* const of_head = stats_of_all + static_cast<int64_t>(index) * p.stats_rows;
   Stats<BY_KEY> stats{};
   if constexpr (!BY_KEY) stats.rows[0] = of_head[row], stats.rows[1] = of_head[row + 8];
@@ -163,14 +158,13 @@ VK_DEVICE void multiply_item(const Shared<WIDTH, COLUMNS>& shared, Ring& ring, c
     begin_scores<TYPE, WIDTH>(dp, shared.near(group, 1), 0, second, 0);
     wgmma_wait<1>(s);
     if (before != nullptr) release(before);
-    probabilities(s, a, head, p.general, at, stats);
-    if constexpr (!BY_KEY) clear_keys(s, a.Nk - at.column);
+    probabilities<BY_KEY>(s, a, head, p.general, at, stats);
     wgmma_wait<0>(dp);
     pin_registers(s);
     pin_all(ds);
     if constexpr (BY_KEY) pin_all(weights);
     if (tile == p.tiles - 1) release(shared.near_empty(group));
-    differentiate(dp, s, a, head, p.general, at, stats);
+    differentiate<BY_KEY>(dp, s, a, head, p.general, at, stats);
     to_operand<TYPE>(ds, dp);
     if constexpr (BY_KEY) {
       to_operand<TYPE>(weights, s);
@@ -191,62 +185,6 @@ VK_DEVICE void multiply_item(const Shared<WIDTH, COLUMNS>& shared, Ring& ring, c
   if constexpr (BY_KEY) store_gradient<TYPE>(values, 1.0f, a.dv, a, head, row, a.Nk);
 }
 
-// One of the warps that compute the tails: a share of each tile's keys, for items that have one.
-template <DType TYPE, int WIDTH, int COLUMNS>
-struct TailWarp {
-  using Rows = GradientTail<TYPE, WIDTH>;
-  const Shared<WIDTH, COLUMNS>& shared;
-  Ring ring;
-  const Args& a;
-  const BackwardPlan& p;
-  const RowStats* stats_of_all;
-  int share;
-
-  VK_DEVICE void add_tile(Rows& rows, int tile) const {
-    const Tile k = shared.far(ring.slot(), 0), v = shared.far(ring.slot(), 1);
-    const int start = tile * COLUMNS, end = min(start + COLUMNS, a.Nk);
-#pragma unroll 1
-    for (int at = share * 16; start + at < end; at += kTailShares * 16)
-      rows.add_keys(k, v, at, start + at);
-  }
-
-  VK_DEVICE void load(const Rows& rows) const {
-    barrier_sync(kMerge, kTailShares * kWarp);  // what was handed over before has been taken
-    rows.load();
-  }
-  VK_DEVICE void merge(Rows& rows) const {
-    if (share > 0) rows.give();
-    barrier_sync(kMerge, kTailShares * kWarp);
-    if (share > 0) return;
-    for (int other = 1; other < kTailShares; ++other) rows.take(shared.of_tail(other));
-    rows.store();
-  }
-
-  VK_DEVICE void run() {
-    const int items = a.B * a.H * p.items, whole = p.rows / (kGroups * kTile);
-    for (int item = static_cast<int>(blockIdx.x); item < items;
-         item += static_cast<int>(gridDim.x)) {
-      const Division at(item, p.items);
-      const int index = at.quotient, tail = tail_of(p.tails, whole, index, at.rest);
-      Rows rows{a,
-                p.general,
-                index,
-                p.rows + tail * kTailRows,
-                stats_of_all + static_cast<int64_t>(index) * p.stats_rows,
-                shared.of_tail(share)};
-      if (tail != kNoTail) load(rows);
-      for (int tile = 0; tile < p.tiles; ++tile) {  // every phase is seen, with or without a tail
-        mbarrier_wait(ring.full + ring.slot(), ring.phase());
-        if (tail != kNoTail) add_tile(rows, tile);
-        __syncwarp();
-        release(ring.empty + ring.slot());
-        ring.advance();
-      }
-      if (tail != kNoTail) merge(rows);
-    }
-  }
-};
-
 template <DType TYPE, int WIDTH, int COLUMNS, bool BY_KEY>
 __global__ void __launch_bounds__(kLongThreads, 1)
     gradient_kernel(const __grid_constant__ Maps near, const __grid_constant__ Maps far,
@@ -255,38 +193,28 @@ __global__ void __launch_bounds__(kLongThreads, 1)
   VK_SWIZZLED_SHARED(char, memory);
   const Shared<WIDTH, COLUMNS> shared(memory, p.stages);
   Ring ring = shared.ring();
-  const int warp = warp_index();
-  constexpr int kRegisters = backward_registers(WIDTH, BY_KEY);
+  const int warp = warp_index(), rows = BY_KEY ? a.Nk : a.Nq;
   if (threadIdx.x == 0) {
-    const int readers = 4 * kGroups + (p.tails > 0 ? kTailShares : 0);  // warps
     for (int group = 0; group < kGroups; ++group)
       mbarrier_init(shared.near_full(group), 1), mbarrier_init(shared.near_empty(group), 4);
-    for (int i = 0; i < p.stages; ++i)
-      mbarrier_init(ring.full + i, 1), mbarrier_init(ring.empty + i, readers);
+    for (int i = 0; i < p.stages; ++i)  // readers: warps
+      mbarrier_init(ring.full + i, 1), mbarrier_init(ring.empty + i, 4 * kGroups);
     mbarrier_fence_init();
   }
   __syncthreads();
   if (warp >= 4 * kGroups) {
-    give_up_registers<registers_beside(kRegisters)>();
-    if (warp == 4 * kGroups) {
-      if (lane_index() == 0) load_items(shared, near, far, a, p);
-    } else if constexpr (backward_tails(WIDTH, BY_KEY)) {
-      const int share = warp - 4 * kGroups - 1;
-      if (p.tails > 0) TailWarp<TYPE, WIDTH, COLUMNS>{shared, ring, a, p, stats, share}.run();
-    }
+    give_up_registers<kLoaderRegisters>();
+    if (warp == 4 * kGroups && lane_index() == 0) load_items(shared, near, far, a, p, rows);
     return;
   }
-  take_registers<kRegisters>();
+  take_registers<kConsumerRegisters>();
   const int group = warp / 4, items = a.B * a.H * p.items, step = static_cast<int>(gridDim.x);
   int near_phase = 0;
   for (int item = static_cast<int>(blockIdx.x); item < items; item += step) {
-    const Division at(item, p.items);
-    const int first = first_row(at.rest, group);
-    if (first < p.rows) {
+    if (first_row(p, item, group) < rows) {
       mbarrier_wait(shared.near_full(group), near_phase);
       near_phase ^= 1;
-      multiply_item<TYPE, WIDTH, COLUMNS, BY_KEY>(shared, ring, a, p, stats, at.quotient, first,
-                                                  group);
+      multiply_item<TYPE, WIDTH, COLUMNS, BY_KEY>(shared, ring, a, p, stats, item, group);
       continue;
     }
     for (int tile = 0; tile < p.tiles; ++tile) {  // no rows: every phase is seen all the same

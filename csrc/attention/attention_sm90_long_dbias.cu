@@ -99,11 +99,11 @@ __global__ void __launch_bounds__(kLongThreads, 1)
   }
   __syncthreads();
   if (warp >= 4 * kGroups) {
-    give_up_registers<registers_beside(kMostRegisters)>();
+    give_up_registers<kLoaderRegisters>();
     if (warp == 4 * kGroups && lane == 0) load_items(shared, near, far, a, p);
     return;
   }
-  take_registers<kMostRegisters>();
+  take_registers<kConsumerRegisters>();
   const int group = warp / 4;
   for (int i = static_cast<int>(blockIdx.x); i < p.all; i += static_cast<int>(gridDim.x)) {
     const Item item(a, p, i);
@@ -124,10 +124,9 @@ __global__ void __launch_bounds__(kLongThreads, 1)
         begin_scores<TYPE, WIDTH>(dp, shared.near(ring.slot(), group, 1), 0,
                                   shared.far(ring.slot(), 1), 0);
         wgmma_wait<1>(s);
-        probabilities(s, a, head, true, at, stats);
-        clear_keys(s, a.Nk - at.column);
+        probabilities<false>(s, a, head, true, at, stats);
         wgmma_wait<0>(dp);
-        differentiate(dp, s, a, head, true, at, stats);
+        differentiate<false>(dp, s, a, head, true, at, stats);
 #pragma unroll
         for (int n = 0; n < kBiasColumns / 2; ++n) sums[n] += dp[n];
       }
