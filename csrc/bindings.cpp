@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <optional>
 #include <string>
 
 #include "add_layer_norm/add_layer_norm_plan.h"
@@ -281,13 +282,24 @@ PYBIND11_MODULE(_C, m) {
       [](int64_t B, int H, int Nq, int Nk, int D, bool general, int multiprocessors) {
         namespace sm90 = vitkernels::attention::sm90_long;
         const auto p = sm90::forward_plan(B, H, Nq, Nk, D, general, multiprocessors);
-        return py::dict("width"_a = p.width, "keys"_a = p.keys, "items"_a = p.items,
-                        "tiles"_a = p.tiles, "stages"_a = p.stages,
-                        "shared_bytes"_a = p.shared_bytes, "blocks"_a = p.blocks);
+        return py::dict("width"_a = p.width, "keys"_a = p.keys, "rows"_a = p.rows,
+                        "tails"_a = p.tails, "items"_a = p.items, "tiles"_a = p.tiles,
+                        "stages"_a = p.stages, "shared_bytes"_a = p.shared_bytes,
+                        "blocks"_a = p.blocks);
       },
       py::arg("B"), py::arg("H"), py::arg("Nq"), py::arg("Nk"), py::arg("D"), py::arg("general"),
       py::arg("multiprocessors"),
       "Launch settings of attention's forward of many tokens on sm_90.");
+  m.def(
+      "attention_sm90_long_tail",
+      [](int tails, int whole_items, int head, int item) -> std::optional<int> {
+        namespace sm90 = vitkernels::attention::sm90_long;
+        const int tail = sm90::tail_of(tails, whole_items, head, item);
+        return tail == sm90::kNoTail ? std::nullopt : std::optional<int>(tail);
+      },
+      py::arg("tails"), py::arg("whole_items"), py::arg("head"), py::arg("item"),
+      "Which tail of its head an item of attention's forward of many tokens on sm_90 has, or "
+      "None.");
   m.def(
       "attention_sm90_long_backward_plan",
       [](int64_t B, int H, int Nq, int Nk, int D, bool by_key, int multiprocessors) {

@@ -311,6 +311,8 @@ def _small() -> Iterator[Case]:
         mixup = {"kind": "hard", "soft_targets": FP32, "label_smoothing": 0.1}
         yield from _cases("distillation_loss", "K40 hard mixup", (3, 40), **mixup, **one)
     yield from _cases("attention_qkvpacked", "N50 D64", 1, 50, 1, 64, dtypes=(FP16,))
+    tail = {"Nk": 273, "dropout_p": 0.1, "dtypes": (BF16,)}
+    yield from _cases("attention", "N129 Nk273 D64 dropout", 1, 129, 1, 64, **tail)
     for D in (64, 72):
         long = {"Nk": 280, "bias": (1, 1, 9, 280), "dtypes": (BF16,)}
         yield from _cases("attention", f"N9 Nk280 D{D} bias", 2, 9, 1, D, **long)

@@ -120,6 +120,14 @@ def test_nothing_spills(source):
 
 @needs_nvcc
 @each_cu
+def test_products_of_warpgroups_run_beside_other_work(source):
+    """Where registers are too few, ptxas waits for each wgmma and says so, without a warning."""
+    log = OBJECTS / f"{'_'.join(source.relative_to(CSRC).parts)}.cuda.o.log"
+    assert "Performance Loss" not in log.read_text()
+
+
+@needs_nvcc
+@each_cu
 def test_registers_are_those_of_the_table(source):
     tables = json.loads((source.parent / "resources.json").read_text())
     if tables["nvcc"] != nvcc_version():

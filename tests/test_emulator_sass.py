@@ -57,6 +57,11 @@ def test_ldmatrix(n):
     assert count(code[f"load_matrices_kernel<{n},1>"], rf"LDSM\.16\.MT88{suffix}") == 1
 
 
+def test_movmatrix():
+    code = instructions("sm80.cu", "sm_80")["transpose_matrix_kernel"]
+    assert count(code, r"MOVM\.16\.MT88") == 1
+
+
 @pytest.mark.parametrize("bytes_", [4, 8, 16])
 def test_cp_async(bytes_):
     code = instructions("sm80.cu", "sm_80")[f"copy_async_kernel<{bytes_},0>"]

@@ -86,6 +86,13 @@ def test_ldmatrix_has_the_manuals_layout(kernels, n, transposed):
         assert torch.equal(from_lanes(out[:, i], LDMATRIX), expected)
 
 
+def test_movmatrix_transposes(kernels):
+    matrix = torch.arange(64, dtype=torch.int16).view(8, 8)
+    out = torch.full((32, 2), -1, dtype=torch.int16)
+    kernels.movmatrix(to_lanes(matrix, LDMATRIX, 2), out)
+    assert torch.equal(from_lanes(out, LDMATRIX), matrix.T)
+
+
 @pytest.mark.parametrize("width", SWIZZLE)
 def test_swizzles_are_the_manuals(kernels, width):
     out = torch.empty(256, dtype=torch.int32)

@@ -11,7 +11,7 @@ namespace vitkernels::attention::sm90_long {
 
 constexpr int kGroups = 2;  // warpgroups that multiply 64 query rows each; one more has the loader
 constexpr int kLongThreads = 128 * (kGroups + 1);
-constexpr int kConsumerRegisters = 240, kLoaderRegisters = 24;  // of a thread
+constexpr int kConsumerRegisters = 240, kLoaderRegisters = 24;  // of a thread, without tails
 constexpr int kMostTiles = 4;
 constexpr int64_t kLongBarrierBytes = 8 * (2 * kGroups + 4 * kMostTiles);
 
@@ -35,8 +35,39 @@ constexpr int64_t stage_bytes(int width, int keys) {
   return sm90::tile_bytes(stage_rows(keys), width);
 }
 
+// Up to 16 query rows past whole tiles of 64 are tails, of 8 rows each, which three warps beside
+// the loader compute: a tail beside an item of two whole tiles, so there must be as many of these.
+constexpr int kTailRows = 8, kMostTails = 2;
+constexpr int kTailShares = 3;  // warps, each with a share of every tile's keys
+// Wider heads leave too few registers.
+constexpr bool takes_tails(int width, bool general) { return width <= (general ? 64 : 80); }
+constexpr int tails_of(int Nq) {
+  const int tails = tiles_of(Nq % sm90::kTile, kTailRows);
+  return tails <= kMostTails && tails <= Nq / (kGroups * sm90::kTile) ? tails : 0;
+}
+// Which tail a head's item has, or none. Heads take turns in which items have them, so that blocks,
+// which go through items in steps of the grid, get as many each.
+constexpr int kNoTail = kMostTails;
+constexpr int tail_of(int tails, int whole_items, int head, int item) {
+  if (tails == 0 || item >= whole_items) return kNoTail;
+  const int turn = (item + head / whole_items) % whole_items;
+  return turn < tails ? turn : kNoTail;
+}
+
+// Of a thread that multiplies, and of any other: together the 3 * 168 of the start.
+constexpr int forward_registers(int width, bool general) {
+  return takes_tails(width, general) ? 200 : kConsumerRegisters;
+}
+constexpr int tail_registers(int width, bool general) {
+  return 3 * 168 - kGroups * forward_registers(width, general);
+}
+
+// What two of the tails' warps hand to the third: sums, maxima and sums of exponentials.
+constexpr int handed_bytes(int width) { return 32 * 16 * (width / 16 + 1); }  // by one of them
+
 struct ForwardPlan {
   int width, keys;  // the instance
+  int rows, tails;  // query rows in tiles of 64; tails of 8 rows behind them
   int items;        // of a head: 128 query rows each
   int tiles;        // of keys
   int stages;       // tiles of K, and of V, in shared memory
@@ -48,13 +79,15 @@ inline ForwardPlan forward_plan(int64_t B, int H, int Nq, int Nk, int D, bool ge
   ForwardPlan p{};
   p.width = long_width(D);
   p.keys = forward_keys(p.width, Nk, general);
-  p.items = tiles_of(Nq, kGroups * sm90::kTile);
+  p.tails = takes_tails(p.width, general) ? tails_of(Nq) : 0;
+  p.rows = p.tails > 0 ? Nq / sm90::kTile * sm90::kTile : Nq;
+  p.items = tiles_of(p.rows, kGroups * sm90::kTile);
   p.tiles = tiles_of(Nk, p.keys);
-  const int64_t queries = kGroups * sm90::tile_bytes(sm90::kTile, p.width) + kLongBarrierBytes;
+  const int64_t others = kGroups * sm90::tile_bytes(sm90::kTile, p.width) + kLongBarrierBytes +
+                         (p.tails > 0 ? (kTailShares - 1) * handed_bytes(p.width) : 0);
   const int64_t stage = 2 * stage_bytes(p.width, p.keys);
-  p.stages =
-      static_cast<int>(std::min<int64_t>((sm90::kSharedLimit - queries) / stage, kMostTiles));
-  p.shared_bytes = queries + p.stages * stage;
+  p.stages = static_cast<int>(std::min<int64_t>((sm90::kSharedLimit - others) / stage, kMostTiles));
+  p.shared_bytes = others + p.stages * stage;
   p.blocks = std::min<int64_t>(B * H * p.items, multiprocessors);
   return p;
 }

@@ -7,28 +7,36 @@
 //               tile before are under way together; the two groups take turns to begin them, so
 //               that the exponentials of one run beside the products of the other
 //   8           one lane loads: K and V through a ring each, the next item's behind this one's
+//   9..11       up to 16 rows past whole tiles (577 = 9 * 64 + 1) in tails of 8, by mma.sync: a
+//               third of each tile's keys a warp, beside an item that has a tile for either group,
+//               from the K and V that are there (attention_sm90_long_tail.cuh)
 // Tiles of keys are of 152 or 176, whichever computes fewer columns in vain (577 = 4 * 152 - 31,
 // 1370 = 8 * 176 - 38), so that only the last has a mask and no tile is a sliver.
 //
 // Least bytes: Q, K, V once, O once. B 64, H 12, N 577, D 64: 227 MB, 53 us at 4.3 TB/s; products
-// 65 GFLOP = 83 us at 790 TFLOP/s, 96 us with padding (95% of columns, 90% of rows; rows past the
-// 64 of a warpgroup are not computed: 577 is 10 tiles of 64). Exponentials: 256 M of 16 a clock and
-// multiprocessor = 69 us, which the turns overlap. N 1370: 97% of columns and rows.
+// 65 GFLOP = 83 us at 790 TFLOP/s, 87 us with padding (95% of columns). Exponentials: 256 M of 16 a
+// clock and multiprocessor = 69 us, which the turns overlap. N 1370: 97% of columns and rows.
+// A tile of 64 rows and 608 keys is 2500 clocks of the four tensor cores and 2430 of exponentials;
+// a tail 304 products of 16 x 8 x 16, 700 clocks of three (at 60% of wgmma's rate), and 400 of
+// exponentials. So 577 has 9 tiles and a tail instead of 10 tiles: 6% less; and 1025 has 8 items
+// instead of 9, of which the last would be one row for one group.
 // One item at a time would pay 1 to 2 us of start for each 6 us of work, hence blocks that stay:
 // 3840 items of the first shape are 29.1 rounds of 132.
 //
-// Grid: a block for each multiprocessor, 384 threads; 240 registers a consumer's thread. Not
-// measured yet. Launch settings: attention_plan_sm90_long.h.
-#include "attention/attention_sm90_long.cuh"
+// Grid: a block for each multiprocessor, 384 threads; 200 or 208 registers a thread that
+// multiplies. Not measured yet. Launch settings: attention_plan_sm90_long.h.
+#include "attention/attention_sm90_long_tail.cuh"
 
 namespace vitkernels::attention {
 namespace {
 
 using namespace sm90_long;
 
-enum Turn { kTurn = 1 };  // named barriers: whose turn it is, kTurn + group
+// Named barriers: whose turn it is, kTurn + group; the tails' warps.
+enum Barrier { kTurn = 1, kMerge = kTurn + kGroups };
 
-// What every role knows of the block's shared memory: the groups' queries, keys, values, barriers.
+// What every role knows of the block's shared memory: the groups' queries, keys, values, barriers,
+// what the tails' warps hand over.
 template <int WIDTH, int KEYS>
 struct Shared {
   static constexpr int kRows = stage_rows(KEYS), kQueryBytes = tile_bytes(kTile, WIDTH),
@@ -58,6 +66,10 @@ struct Shared {
     MBarrier* const first = barriers + 2 * kGroups + 2 * kMostTiles;
     return {first, first + kMostTiles, stages};
   }
+  VK_DEVICE float4* handed(int share) const {  // by that warp, not the first
+    char* const behind = reinterpret_cast<char*>(barriers) + kLongBarrierBytes;
+    return reinterpret_cast<float4*>(behind + (share - 1) * handed_bytes(WIDTH));
+  }
 };
 
 VK_DEVICE int first_row(const ForwardPlan& p, int item, int group) {
@@ -85,7 +97,7 @@ VK_DEVICE void load_items(const Shared<WIDTH, KEYS>& shared, const Maps& maps, c
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
           const int row = first_row(p, item, group);
-          if (row >= a.Nq) continue;
+          if (row >= p.rows) continue;
           mbarrier_wait(shared.query_empty(group), query_phase[group] ^ 1);
           mbarrier_arrive_expect(shared.query_full(group), kTile * 2 * WIDTH);
           load_rows<WIDTH>(shared.query(group), maps, 0, shared.query_full(group), row, head);
@@ -107,6 +119,8 @@ VK_DEVICE void release(MBarrier* empty) {
   if (lane_index() == 0) mbarrier_arrive(empty);
 }
 
+VK_DEVICE Places<false> places(int row, int key) { return {row, key + lane_index() % 4 * 2}; }
+
 // From products to scores in units of log2, if not that are to be multiplied by what is returned;
 // -inf where there is no key. Raises `top` to the thread's largest.
 template <bool GENERAL, int C>
@@ -120,24 +134,12 @@ VK_DEVICE float finish_tile(float (&s)[C], float (&top)[2], const Args& a, int i
       scale_scores<BiasPlace::kGlobal>(s, a, index, nullptr, by, 0, 0, row, key);
     else
       scale_scores<BiasPlace::kNone>(s, a, index, nullptr, by, 0, 0, row, key);
-    hide_scores(s, a, head_at(a, index), [&](int i) {
-      return Place{row + i % 4 / 2 * 8, key + i / 4 * 8 + lane_index() % 4 * 2 + i % 2};
-    });
+    hide_scores(s, a, head_at(a, index), places(row, key));
     if (a.Nk - key < 2 * C) mask_columns<0>(s, a.Nk - key);
 #pragma unroll
     for (int i = 0; i < C; ++i) top[i % 4 / 2] = fmaxf(top[i % 4 / 2], s[i]);
     return 1.0f;
   }
-}
-
-// Zeros in P where dropout says so; what is kept is scaled at the end.
-template <int C>
-VK_DEVICE void drop_weights(float (&s)[C], const Args& a, int index, int row, int key) {
-  const Kept<C> kept(a, head_at(a, index), [&](int i) {
-    return Place{row + i % 4 / 2 * 8, key + i / 4 * 8 + lane_index() % 4 * 2 + i % 2};
-  });
-#pragma unroll
-  for (int i = 0; i < C; ++i) s[i] = kept[i] ? s[i] : 0.0f;
 }
 
 // One warpgroup's work.
@@ -187,7 +189,8 @@ struct Consumer {
     raise(rows, top, by, low, rescale);
     exponentiate_here(s, rows, by, low);
     if constexpr (GENERAL)
-      if (a.dropout.seed != nullptr) drop_weights(s, a, index, row, tile * KEYS);
+      if (a.dropout.seed != nullptr)
+        drop_weights(s, a, head_at(a, index), places(row, tile * KEYS));
     if constexpr (!FIRST) {
       finish_values(o);
       pin_all(weights);
@@ -239,7 +242,7 @@ struct Consumer {
     int query_phase = 0;
     const int items = a.B * a.H * p.items, step = static_cast<int>(gridDim.x);
     for (int item = static_cast<int>(blockIdx.x); item < items; item += step) {
-      if (first_row(p, item, group) >= a.Nq) {
+      if (first_row(p, item, group) >= p.rows) {
         skip_item();
         continue;
       }
@@ -248,6 +251,56 @@ struct Consumer {
       multiply_item(item);
     }
     if (group == 0) wait_for_turn();  // the other's last word
+  }
+};
+
+// One of the warps that compute the tails: a share of each tile's keys, for items that have one.
+template <DType TYPE, int WIDTH, int KEYS, bool GENERAL>
+struct TailWarp {
+  using Rows = Tail<TYPE, WIDTH, GENERAL>;
+  const Shared<WIDTH, KEYS>& shared;
+  const Args& a;
+  const ForwardPlan& p;
+  int share;
+  Ring keys, values;
+
+  VK_DEVICE void add_tile(Rows& rows, int tile) const {
+    const int start = tile * KEYS, end = min(start + KEYS, a.Nk);
+    const Tile k = shared.key(keys.slot()), v = shared.value(values.slot());
+#pragma unroll 1
+    for (int at = share * Rows::kKeys; start + at < end; at += kTailShares * Rows::kKeys)
+      rows.add_keys(k, v, at, start + at, end);
+  }
+
+  VK_DEVICE void merge(Rows& rows) const {
+    barrier_sync(kMerge, kTailShares * kWarp);  // what was handed over before has been taken
+    if (share > 0) rows.give(shared.handed(share));
+    barrier_sync(kMerge, kTailShares * kWarp);
+    if (share > 0) return;
+    for (int other = 1; other < kTailShares; ++other) rows.take(shared.handed(other));
+    rows.store();
+  }
+
+  VK_DEVICE void run() {
+    const int items = a.B * a.H * p.items, whole = p.rows / (kGroups * kTile);
+    for (int item = static_cast<int>(blockIdx.x); item < items;
+         item += static_cast<int>(gridDim.x)) {
+      const Division at(item, p.items);
+      const int index = at.quotient, tail = tail_of(p.tails, whole, index, at.rest);
+      Rows rows{a, index, p.rows + tail * kTailRows};
+      if (tail != kNoTail) rows.load_queries();
+      for (int tile = 0; tile < p.tiles; ++tile) {  // every phase is seen, with or without a tail
+        mbarrier_wait(keys.full + keys.slot(), keys.phase());
+        mbarrier_wait(values.full + values.slot(), values.phase());
+        if (tail != kNoTail) add_tile(rows, tile);
+        __syncwarp();
+        release(keys.empty + keys.slot());
+        release(values.empty + values.slot());
+        keys.advance();
+        values.advance();
+      }
+      if (tail != kNoTail) merge(rows);
+    }
   }
 };
 
@@ -262,20 +315,26 @@ __global__ void __launch_bounds__(kLongThreads, 1)
   if (threadIdx.x == 0) {
     for (int group = 0; group < kGroups; ++group)
       mbarrier_init(shared.query_full(group), 1), mbarrier_init(shared.query_empty(group), 4);
-    for (int i = 0; i < p.stages; ++i) {  // readers: warps
-      mbarrier_init(keys.full + i, 1), mbarrier_init(keys.empty + i, 4 * kGroups);
-      mbarrier_init(values.full + i, 1), mbarrier_init(values.empty + i, 4 * kGroups);
+    const int readers = 4 * kGroups + (p.tails > 0 ? kTailShares : 0);  // warps
+    for (int i = 0; i < p.stages; ++i) {
+      mbarrier_init(keys.full + i, 1), mbarrier_init(keys.empty + i, readers);
+      mbarrier_init(values.full + i, 1), mbarrier_init(values.empty + i, readers);
     }
     mbarrier_fence_init();
   }
   __syncthreads();
   if (warp < 4 * kGroups) {
-    take_registers<kConsumerRegisters>();
+    take_registers<forward_registers(WIDTH, GENERAL)>();
     Consumer<TYPE, WIDTH, KEYS, GENERAL>{shared, a, p, warp / 4, keys, values}.run();
     return;
   }
-  give_up_registers<kLoaderRegisters>();
-  if (warp == 4 * kGroups && lane_index() == 0) load_items(shared, maps, a, p);
+  give_up_registers<tail_registers(WIDTH, GENERAL)>();
+  if (warp == 4 * kGroups) {
+    if (lane_index() == 0) load_items(shared, maps, a, p);
+  } else if constexpr (takes_tails(WIDTH, GENERAL)) {
+    const int share = warp - 4 * kGroups - 1;
+    if (p.tails > 0) TailWarp<TYPE, WIDTH, KEYS, GENERAL>{shared, a, p, share, keys, values}.run();
+  }
 }
 
 // ---- Host

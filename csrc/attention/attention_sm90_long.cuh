@@ -19,8 +19,29 @@ VK_DEVICE void load_rows(const Tile& tile, const Maps& maps, int which, MBarrier
     tma_load(tile.rest, maps.rest[which], barrier, {P::kFirst, row, head.h, head.b});
 }
 
+// a / b, of which nothing stays in registers for the next time, and a % b.
+struct Division {
+  int quotient, rest;
+  VK_DEVICE Division(int a, int b) {
+    pin_registers(b);
+    quotient = static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b));
+    rest = a - quotient * b;
+  }
+};
+
 struct Place {
   int query, key;
+};
+
+// Where a thread's elements of a tile are: its rows are queries or (BY_KEY) keys.
+template <bool BY_KEY>
+struct Places {
+  int row, column;  // of element 0
+
+  VK_DEVICE Place operator()(int i) const {
+    const int r = row + i % 4 / 2 * 8, c = column + i / 4 * 8 + i % 2;
+    return BY_KEY ? Place{c, r} : Place{r, c};
+  }
 };
 
 // What is not a float bias: -inf where a bool bias is false or the padding mask hides the key.
@@ -48,6 +69,23 @@ VK_DEVICE void hide_scores(float (&s)[C], const Args& a, Head head, At at) {
   }
 }
 
+VK_DEVICE bool has_float_bias(const Args& a) {
+  return a.bias.data != nullptr && a.bias.dtype != DType::kBool;
+}
+
+// Products of queries and keys there are become scores in units of log2, which need no factor more.
+template <int C, class At>
+VK_DEVICE void add_float_bias(float (&s)[C], const Args& a, Head head, float by, At at) {
+  const int64_t start = head.b * a.bias.batch + head.h * a.bias.head;
+#pragma unroll
+  for (int i = 0; i < C; ++i) {
+    const Place place = at(i);
+    if (place.query >= a.Nq || place.key >= a.Nk) continue;
+    const int64_t index = start + place.query * a.bias.row + place.key * a.bias.column;
+    s[i] = fmaf(s[i], by, load_scalar(a.bias.data, a.bias.dtype, index) * kLog2e);
+  }
+}
+
 // s = 2^(by * s - low), added to the sums. Apart from the conversion to 16 bits, for registers that
 // a product reads may not be written while any is under way (ptxas would put them one after
 // another).
@@ -70,10 +108,6 @@ VK_DEVICE void to_operand(FragmentA (&p)[STEPS], const float (&s)[C]) {
       const int at = 8 * step + 2 * i;
       p[step].r[i] = at < C ? pack<TYPE>(s[at], s[at + 1]) : 0;
     }
-}
-
-VK_DEVICE bool has_float_bias(const Args& a) {
-  return a.bias.data != nullptr && a.bias.dtype != DType::kBool;
 }
 
 // Which of the thread's C elements dropout keeps, a bit each; a loop, for the generator is long.
@@ -100,5 +134,13 @@ struct Kept {
   }
   VK_DEVICE bool operator[](int i) const { return (words[i / 32] >> i % 32 & 1) != 0; }
 };
+
+// Zeros in P where dropout says so; what is kept is scaled at the end.
+template <int C, class At>
+VK_DEVICE void drop_weights(float (&s)[C], const Args& a, Head head, At at) {
+  const Kept<C> kept(a, head, at);
+#pragma unroll
+  for (int i = 0; i < C; ++i) s[i] = kept[i] ? s[i] : 0.0f;
+}
 
 }  // namespace vitkernels::attention::sm90_long

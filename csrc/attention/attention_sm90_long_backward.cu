@@ -22,6 +22,10 @@
 // to 640) = 357 us at 790 TFLOP/s: at best 459 useful TFLOP/s. Exponentials, twice: 2 x 69 us.
 // Least bytes 8 tensors of 57 MB = 105 us at 4.3 TB/s.
 //
+// Rows past whole tiles are no tails as in the forward, for want of registers: with 216 for a
+// thread that multiplies ptxas runs products by query one after another (by key 226 are needed),
+// and of the 72 that would leave a tail's threads they need 80 or more.
+//
 // Grid: a block for each multiprocessor, 384 threads; 240 registers a thread that multiplies. Not
 // measured yet. Launch settings: attention_plan_sm90_long.h.
 #include "attention/attention_sm90_long_backward.cuh"

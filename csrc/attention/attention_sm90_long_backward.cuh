@@ -15,30 +15,6 @@ struct RowStats {
   float center, delta;
 };
 
-// Where a thread's elements of a tile are.
-template <bool BY_KEY>
-struct Places {
-  int row, column;  // of element 0
-
-  VK_DEVICE Place operator()(int i) const {
-    const int r = row + i % 4 / 2 * 8, c = column + i / 4 * 8 + i % 2;
-    return BY_KEY ? Place{c, r} : Place{r, c};
-  }
-};
-
-template <bool BY_KEY, int C>
-VK_DEVICE void add_float_bias(float (&s)[C], const Args& a, Head head, float by,
-                              const Places<BY_KEY>& at) {
-  const int64_t start = head.b * a.bias.batch + head.h * a.bias.head;
-#pragma unroll
-  for (int i = 0; i < C; ++i) {
-    const Place place = at(i);
-    if (place.query >= a.Nq || place.key >= a.Nk) continue;  // zero anyhow
-    const int64_t index = start + place.query * a.bias.row + place.key * a.bias.column;
-    s[i] = fmaf(s[i], by, load_scalar(a.bias.data, a.bias.dtype, index) * kLog2e);
-  }
-}
-
 // The centers and deltas that a thread's elements need: of its two rows, or of its columns.
 template <bool BY_KEY>
 struct Stats {
@@ -67,7 +43,7 @@ VK_DEVICE void probabilities(float (&s)[C], const Args& a, Head head, bool gener
   float by = a.scale * kLog2e;
   if (general) {
     if (has_float_bias(a)) {
-      add_float_bias<BY_KEY>(s, a, head, by, at);
+      add_float_bias(s, a, head, by, at);
     } else {
 #pragma unroll
       for (int i = 0; i < C; ++i) s[i] *= by;

@@ -74,4 +74,13 @@ VK_DEVICE void load_matrices_transposed(uint32_t (&r)[N], const void* row) {
                  : "memory");
 }
 
+// The transpose of a matrix of 8 x 8 16-bit elements that the warp has in registers, a word a lane:
+// lane l gives the elements 2 * (l % 4) and the next of row l / 4, and receives those of column
+// l / 4 [P: movmatrix]. All lanes of the warp.
+VK_DEVICE uint32_t transpose_matrix(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 }  // namespace vitkernels

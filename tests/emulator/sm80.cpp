@@ -81,6 +81,9 @@ EXPORT ldmatrix(int n, int transposed, const uint16_t* in, uint32_t* out) {
          : n == 2 ? load<2>(transposed != 0, in, out)
                   : load<4>(transposed != 0, in, out);
 }
+EXPORT movmatrix(const uint32_t* in, uint32_t* out) {
+  return launch(transpose_matrix_kernel, 1, 32, 0, in, out);
+}
 EXPORT product(int type, int swizzled, int bug, const uint16_t* a, const uint16_t* b, float* c,
                int rows, int columns, int depth) {
   if (type == 0)

@@ -39,6 +39,12 @@ __global__ void load_matrices_kernel(const uint16_t* in, uint32_t* out) {
   for (int i = 0; i < N; ++i) out[N * lane + i] = r[i];
 }
 
+// A matrix of 8 x 8 in registers, a word a lane.
+__global__ void transpose_matrix_kernel(const uint32_t* in, uint32_t* out) {
+  const int lane = static_cast<int>(threadIdx.x);
+  out[lane] = transpose_matrix(in[lane]);
+}
+
 // c = a b^T with a (rows, 64), b (columns, 64) of TYPE, of whose 64 k the first `depth` count, and
 // c (rows, columns) fp32; rows, columns and depth at most 64. Four warps, 16 rows each; k comes in
 // two halves, the second under way while the first is multiplied. Rows in shared memory are 128

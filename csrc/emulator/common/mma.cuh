@@ -75,6 +75,22 @@ struct LoadMatrices {
   }
 };
 
+struct TransposeMatrix {
+  uint32_t given, received;
+
+  static void finish(void* const* records) {
+    const auto at = [&](int row, int column) {
+      const auto* of = static_cast<const TransposeMatrix*>(records[row * 4 + column / 2]);
+      return of->given >> column % 2 * 16 & 0xffff;
+    };
+    for (int lane = 0; lane < 32; ++lane) {
+      const int row = lane % 4 * 2, column = lane / 4;
+      static_cast<TransposeMatrix*>(records[lane])->received = at(row, column) | at(row + 1, column)
+                                                                                     << 16;
+    }
+  }
+};
+
 }  // namespace emulator
 
 // [P: mma, "mma.m16n8k16"]
@@ -94,6 +110,13 @@ void load_matrices(uint32_t (&r)[N], const void* row, VkPlace place = VkPlace::h
 template <int N>
 void load_matrices_transposed(uint32_t (&r)[N], const void* row, VkPlace place = VkPlace::here()) {
   emulator::LoadMatrices<N, true>::run("load_matrices_transposed", r, row, place);
+}
+
+// [P: movmatrix]
+inline uint32_t transpose_matrix(uint32_t pair, VkPlace place = VkPlace::here()) {
+  emulator::TransposeMatrix record{pair, 0};
+  emulator::meet_whole_warp("transpose_matrix", &record, &record.finish, place);
+  return record.received;
 }
 
 }  // namespace vitkernels
