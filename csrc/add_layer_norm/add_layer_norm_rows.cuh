@@ -6,7 +6,7 @@
 
 #include "add_layer_norm/add_layer_norm_plan.h"
 #include "common/layer_norm_rows.cuh"
-#include "common/row_ring.cuh"
+#include "add_layer_norm/row_ring.cuh"
 
 namespace vitkernels {
 namespace {
@@ -245,7 +245,7 @@ class DirectRows {
   int chunks_;
 };
 
-// The ring of common/row_ring.cuh: rows of CHUNKS chunks, types known, 16-byte accesses.
+// The ring of add_layer_norm/row_ring.cuh: rows of CHUNKS chunks, types known, 16-byte accesses.
 template <class Reads, Types TYPES, class Team, int CHUNKS>
 class RingRows {
   // Pieces of eight elements of operand s, and the first piece of its first chunk.
