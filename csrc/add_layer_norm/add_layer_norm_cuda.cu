@@ -36,29 +36,27 @@ namespace {
 using ForwardKernel = void (*)(ForwardArgs);
 using BackwardKernel = void (*)(BackwardArgs);
 
-template <Form FORM, Types TYPES>
-ForwardKernel forward_of_types(const Plan& p) {
+template <Form FORM, Widths WIDTHS>
+ForwardKernel forward_of_widths(const Plan& p) {
   if (p.block_per_row)
-    return p.chunks == 1 ? forward_kernel<FORM, TYPES, true, true, 1>
-                         : forward_kernel<FORM, TYPES, true, true, 2>;
-  return p.chunks == 1   ? forward_kernel<FORM, TYPES, true, false, 1>
-         : p.chunks == 2 ? forward_kernel<FORM, TYPES, true, false, 2>
-         : p.chunks == 3 ? forward_kernel<FORM, TYPES, true, false, 3>
-                         : forward_kernel<FORM, TYPES, true, false, 4>;
+    return p.chunks == 1 ? forward_kernel<FORM, WIDTHS, true, true, 1>
+                         : forward_kernel<FORM, WIDTHS, true, true, 2>;
+  return p.chunks == 1   ? forward_kernel<FORM, WIDTHS, true, false, 1>
+         : p.chunks == 2 ? forward_kernel<FORM, WIDTHS, true, false, 2>
+         : p.chunks == 3 ? forward_kernel<FORM, WIDTHS, true, false, 3>
+                         : forward_kernel<FORM, WIDTHS, true, false, 4>;
 }
 
 template <Form FORM>
-ForwardKernel forward_instance(const Plan& p, Types types) {
-  if (p.fixed_types) {
-    if (types == Types::kF32) return forward_of_types<FORM, Types::kF32>(p);
-    if (types == Types::kBF16) return forward_of_types<FORM, Types::kBF16>(p);
-    if (types == Types::kBF16Stream32) return forward_of_types<FORM, Types::kBF16Stream32>(p);
-    if constexpr (FORM == Form::kAddNorm) {
-      if (types == Types::kF16) return forward_of_types<FORM, Types::kF16>(p);
-      return forward_of_types<FORM, Types::kF16Stream32>(p);
-    }
+ForwardKernel forward_instance(const Plan& p, Widths widths) {
+  if (p.fixed_widths) {
+    if (widths == Widths::k32) return forward_of_widths<FORM, Widths::k32>(p);
+    if (widths == Widths::k16) return forward_of_widths<FORM, Widths::k16>(p);
+    if constexpr (FORM == Form::kAddNorm)
+      if (widths == Widths::k16Stream32) return forward_of_widths<FORM, Widths::k16Stream32>(p);
+    return forward_of_widths<FORM, Widths::k16StreamY32>(p);
   }
-  constexpr Types kAny = Types::kAny;
+  constexpr Widths kAny = Widths::kAny;
   if (p.vectorized)
     return p.chunks == 0     ? forward_kernel<FORM, kAny, true, true, 0>
            : p.block_per_row ? forward_kernel<FORM, kAny, true, true, 4>
@@ -68,28 +66,29 @@ ForwardKernel forward_instance(const Plan& p, Types types) {
                            : forward_kernel<FORM, kAny, false, false, 2>;
 }
 
-template <bool DGAMMA, Types TYPES>
-BackwardKernel backward_of_types(const Plan& p) {
+template <bool DGAMMA, Widths WIDTHS>
+BackwardKernel backward_of_widths(const Plan& p) {
   if (p.block_per_row)
-    return p.chunks == 1 ? backward_kernel<TYPES, true, true, 1, DGAMMA>
-                         : backward_kernel<TYPES, true, true, 2, DGAMMA>;
-  return p.chunks == 1   ? backward_kernel<TYPES, true, false, 1, DGAMMA>
-         : p.chunks == 2 ? backward_kernel<TYPES, true, false, 2, DGAMMA>
-         : p.chunks == 3 ? backward_kernel<TYPES, true, false, 3, DGAMMA>
-                         : backward_kernel<TYPES, true, false, 4, DGAMMA>;
+    return p.chunks == 1 ? backward_kernel<WIDTHS, true, true, 1, DGAMMA>
+                         : backward_kernel<WIDTHS, true, true, 2, DGAMMA>;
+  return p.chunks == 1   ? backward_kernel<WIDTHS, true, false, 1, DGAMMA>
+         : p.chunks == 2 ? backward_kernel<WIDTHS, true, false, 2, DGAMMA>
+         : p.chunks == 3 ? backward_kernel<WIDTHS, true, false, 3, DGAMMA>
+                         : backward_kernel<WIDTHS, true, false, 4, DGAMMA>;
 }
 
 template <bool DGAMMA>
-BackwardKernel backward_instance(const Plan& p, Types types) {
-  if (p.fixed_types) {
-    if (types == Types::kF32) return backward_of_types<DGAMMA, Types::kF32>(p);
-    if (types == Types::kBF16) return backward_of_types<DGAMMA, Types::kBF16>(p);
-    if constexpr (!DGAMMA)
-      if (types == Types::kBF16Gradient32)
-        return backward_of_types<false, Types::kBF16Gradient32>(p);
-    return backward_of_types<DGAMMA, Types::kBF16Stream32>(p);
+BackwardKernel backward_instance(const Plan& p, Widths widths) {
+  if (p.fixed_widths) {
+    if (widths == Widths::k32) return backward_of_widths<DGAMMA, Widths::k32>(p);
+    if (widths == Widths::k16) return backward_of_widths<DGAMMA, Widths::k16>(p);
+    if constexpr (!DGAMMA) {
+      if (widths == Widths::k16Y32) return backward_of_widths<false, Widths::k16Y32>(p);
+      if (widths == Widths::k16StreamY32) return backward_of_widths<false, Widths::k16StreamY32>(p);
+    }
+    return backward_of_widths<DGAMMA, Widths::k16Stream32>(p);
   }
-  constexpr Types kAny = Types::kAny;
+  constexpr Widths kAny = Widths::kAny;
   if (p.vectorized)
     return p.chunks == 0     ? backward_kernel<kAny, true, true, 0, DGAMMA>
            : p.block_per_row ? backward_kernel<kAny, true, true, 4, DGAMMA>
@@ -112,35 +111,30 @@ bool same_types(const BackwardArgs& a, const BackwardArgs& b) {
          same_type(a.x, b.x) && same_type(a.dx, b.dx) && same_type(a.dresidual, b.dresidual);
 }
 
-// The first of `candidates` that all operands of a call agree with, or kAny.
-template <class Args, class Set>
-Types types_of(const Args& a, std::initializer_list<Types> candidates, Set set) {
-  if (a.dropout.seed != nullptr) return Types::kAny;
-  for (Types t : candidates) {
-    Args typed = a;
-    set(typed, branch_type(t), stream_type(t));
-    if (same_types(a, typed)) return t;
-  }
-  return Types::kAny;
+// The first of `candidates` that all operands of a call agree with, whose types are then set; or
+// kAny.
+template <class Args>
+Widths widths_of(Args& a, std::initializer_list<Widths> candidates) {
+  for (Widths widths : candidates)
+    for (DType narrow : {DType::kBF16, DType::kF16}) {
+      Args typed = a;
+      set_types(typed, widths, narrow);
+      if (!same_types(a, typed)) continue;
+      a = typed;
+      return widths;
+    }
+  return Widths::kAny;
 }
 
-template <Form FORM>
-Types forward_types(const ForwardArgs& a) {
-  if (FORM == Form::kNormAdd)
-    return types_of(a, {Types::kF32, Types::kBF16, Types::kBF16Stream32}, set_types<FORM>);
-  return types_of(
-      a, {Types::kF32, Types::kBF16, Types::kBF16Stream32, Types::kF16, Types::kF16Stream32},
-      set_types<FORM>);
+// Those that forward_instance and backward_instance know.
+Widths forward_widths(Form form, ForwardArgs& a) {
+  if (form == Form::kNormAdd) return widths_of(a, {Widths::k32, Widths::k16, Widths::k16StreamY32});
+  return widths_of(a, {Widths::k32, Widths::k16, Widths::k16Stream32, Widths::k16StreamY32});
 }
-
-Types backward_types(const BackwardArgs& a) {
-  const auto of = [&](std::initializer_list<Types> candidates) {
-    return types_of(a, candidates, [](BackwardArgs& b, DType branch, DType stream) {
-      set_types(b, branch, stream);
-    });
-  };
-  const Types types = of({Types::kF32, Types::kBF16, Types::kBF16Stream32});
-  return types == Types::kAny && a.x.data == nullptr ? of({Types::kBF16Gradient32}) : types;
+Widths backward_widths(bool dgamma, BackwardArgs& a) {
+  if (dgamma) return widths_of(a, {Widths::k32, Widths::k16, Widths::k16Stream32});
+  return widths_of(
+      a, {Widths::k32, Widths::k16, Widths::k16Stream32, Widths::k16StreamY32, Widths::k16Y32});
 }
 
 // ---- Launchers
@@ -238,9 +232,9 @@ std::vector<int64_t> without_last(std::vector<int64_t> shape) {
   return shape;
 }
 
-add_layer_norm::Setting setting(const Device& device, Types types) {
-  return {device.multiprocessors(), device.architecture(), pieces_of(branch_type(types)),
-          pieces_of(stream_type(types))};
+add_layer_norm::Setting setting(const Device& device, Widths widths) {
+  return {device.multiprocessors(), device.architecture(), branch_pieces(widths),
+          stream_pieces(widths), y_pieces(widths)};
 }
 
 template <class Args>
@@ -257,12 +251,13 @@ void launch_forward(const Device& device, Operands& operands, ForwardArgs& a) {
   a.rows = operands.rows();
   a.rows_per_sample = operands.rows_per_sample();
   a.C = operands.C();
-  const Types types = forward_types<FORM>(a);
-  const Plan p = add_layer_norm::plan(a.rows, a.C, operands.aligned(), types != Types::kAny,
-                                      Pass::kForward, setting(device, types));
+  a.columns = Divisor(a.C);
+  const Widths widths = forward_widths(FORM, a);
+  const Plan p = add_layer_norm::plan(a.rows, a.C, operands.aligned(), widths != Widths::kAny,
+                                      Pass::kForward, setting(device, widths));
   set_plan(a, p);
   if (a.rows > 0)
-    device.launch(forward_instance<FORM>(p, types), dim3(static_cast<unsigned>(p.blocks)),
+    device.launch(forward_instance<FORM>(p, widths), dim3(static_cast<unsigned>(p.blocks)),
                   dim3(p.threads), p.shared_bytes, a);
 }
 
@@ -272,10 +267,11 @@ void launch_backward(Device& device, Operands& operands, BackwardArgs& a, const 
   a.rows = operands.rows();
   a.rows_per_sample = operands.rows_per_sample();
   a.C = operands.C();
-  const Types types = backward_types(a);
-  const Plan p =
-      add_layer_norm::plan(a.rows, a.C, operands.aligned(), types != Types::kAny,
-                           backward_pass(gradients[2].has_value()), setting(device, types));
+  a.columns = Divisor(a.C);
+  const bool dgamma = gradients[2].has_value();
+  const Widths widths = backward_widths(dgamma, a);
+  const Plan p = add_layer_norm::plan(a.rows, a.C, operands.aligned(), widths != Widths::kAny,
+                                      backward_pass(dgamma), setting(device, widths));
   set_plan(a, p);
   OptTensor scratch;
   FinishArgs finish{};
@@ -294,8 +290,8 @@ void launch_backward(Device& device, Operands& operands, BackwardArgs& a, const 
     finish.stride = p.blocks * a.C;
     finish.columns = a.C;
   }
-  const BackwardKernel kernel = gradients[2].has_value() ? backward_instance<true>(p, types)
-                                                         : backward_instance<false>(p, types);
+  const BackwardKernel kernel =
+      dgamma ? backward_instance<true>(p, widths) : backward_instance<false>(p, widths);
   const dim3 grid(static_cast<unsigned>(p.blocks)), block(p.threads);
   const dim3 finish_grid((static_cast<unsigned>(a.C) + kWarp - 1) / kWarp, 3),
       finish_block(kWarp, kFinishRows);

@@ -237,12 +237,11 @@ VK_DEVICE uint32_t philox_word(uint64_t seed, uint64_t index) {
            c3 = 0;
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const uint64_t a = static_cast<uint64_t>(c0) * 0xD2511F53u,
-                   b = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(b);
-    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(a);
+    const uint32_t a = c0, b = c2;
+    c0 = multiply_high(b, 0xCD9E8D57u) ^ c1 ^ k0;
+    c1 = b * 0xCD9E8D57u;
+    c2 = multiply_high(a, 0xD2511F53u) ^ c3 ^ k1;
+    c3 = a * 0xD2511F53u;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
@@ -256,7 +255,8 @@ struct Dropout {
 };
 
 VK_DEVICE bool keeps(const Dropout& dropout, uint64_t seed, uint64_t index) {
-  return philox_word(seed, index) >= dropout.threshold;
+  const uint32_t word = philox_word(seed, index);
+  return word >= static_cast<uint32_t>(dropout.threshold) && dropout.threshold >> 32 == 0;
 }
 
 }  // namespace vitkernels

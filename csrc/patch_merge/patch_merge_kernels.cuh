@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<BLOCK, CHUNKS>)
   Team<BLOCK> team(a.lanes, partial);
   const int length = 4 * a.size.C;
   const int chunks = CHUNKS == 0 ? (length + 8 * team.size - 1) / (8 * team.size) : CHUNKS;
-  const float width = static_cast<float>(length);
+  const Divisor columns_of_row(length);
 
   VK_DYNAMIC_SHARED(float, parameters);
   const SharedParameters shared(parameters, length);
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<BLOCK, CHUNKS>)
       }
     };
 
-    const Statistics of_row = statistics<VEC>(team, z, width, a.eps, pass);
+    const Statistics of_row = statistics<VEC>(team, z, columns_of_row, a.eps, pass);
     const float mean = of_row.mean, rstd = of_row.rstd;
     if (team.rank == 0 && patch.length > 0) {
       a.mean[patch.row] = mean;
@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<BLOCK, CHUNKS>)
   Team<BLOCK> team(a.lanes, partial);
   const int length = 4 * a.size.C;
   const int chunks = CHUNKS == 0 ? (length + 8 * team.size - 1) / (8 * team.size) : CHUNKS;
-  const float width = static_cast<float>(length);
+  const Divisor columns_of_row(length);
   const int64_t blocks = gridDim.x;
   // This block's row of the partial sums of dweight (0) and dbias (1).
   const auto sums_of = [&](int which) {
@@ -372,7 +372,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<BLOCK, CHUNKS>)
     });
     if (a.dx.data == nullptr) continue;
     team.sum(sums);
-    const float mean_wdy = sums[0] / width, mean_wdy_xhat = sums[1] / width;
+    const float mean_wdy = sums[0] * columns_of_row.inverse,
+                mean_wdy_xhat = sums[1] * columns_of_row.inverse;
 
     pass([&](int i, const Columns<VEC>& columns) {
       float g[8], weight[8];

@@ -204,6 +204,10 @@ __global__ void exp2_kernel(const float* in, int64_t n, float* out) {
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) out[i] = exp2_approx(in[i]);
 }
 
+__global__ void rsqrt_kernel(const float* in, int64_t n, float* out) {
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) out[i] = rsqrt_approx(in[i]);
+}
+
 __global__ void unpack_kernel(const uint16_t* in, int64_t n, DType dtype, float* out, float* one) {
   Columns<true> columns(static_cast<int>(threadIdx.x), 0, 1, static_cast<int>(n));
   for (; columns.holds(0); columns.first += static_cast<int>(blockDim.x) * 8) {
@@ -279,6 +283,9 @@ EXPORT convert(const float* in, int64_t n, uint32_t* bf16, uint32_t* f16) {
 }
 EXPORT exponentials(const float* in, int64_t n, float* out) {
   return launch(exp2_kernel, 1, 32, 0, in, n, out);
+}
+EXPORT inverse_roots(const float* in, int64_t n, float* out) {
+  return launch(rsqrt_kernel, 1, 32, 0, in, n, out);
 }
 EXPORT unpack(const uint16_t* in, int64_t n, int is_bf16, float* out, float* one) {
   const DType dtype = is_bf16 ? DType::kBF16 : DType::kF16;
