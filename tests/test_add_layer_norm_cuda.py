@@ -14,7 +14,7 @@ import torch
 from emulated_mutant import CAN_BUILD, check_verdict, run_mutant
 from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
 from native_build import ROOT
-from problems import DTYPE_IDS, check, output_gradients
+from problems import DTYPE_IDS, check, output_gradients, philox_keep_mask
 
 from vitkernels import _native, testing
 from vitkernels.testing import assert_bitwise_equal, available_for, grads_of
@@ -78,6 +78,24 @@ def test_rows_with_dropout(C, types):
     check(problem, "cuda", shape_class=f"C{C} {types} dropout, {shape[0]} x 3 rows")
 
 
+@pytest.mark.parametrize("C", WIDTHS)
+@pytest.mark.parametrize("p", [0.3, 1e-12, 1 - 1e-12])
+def test_the_mask_bit_for_bit(C, p):
+    """The last two keep every element and none."""
+    ones, seed = torch.ones(7, 1, C, dtype=BF16), torch.tensor([2**61 + 5])
+    ops, zeros = torch.ops.vitkernels, torch.zeros(7, 1, C)
+    _, z, mean, rstd = ops.add_layer_norm_fwd.cuda(
+        ones, zeros, None, None, None, None, seed, p, 1e-6, BF16
+    )
+    dx, *_ = ops.add_layer_norm_bwd.cuda(
+        None, zeros + 1, z, mean, rstd, None, None, None, None, None, seed, p, BF16,
+        [True] + [False] * 4,
+    )  # fmt: skip
+    expected = philox_keep_mask(seed.item(), (7, 1, C), p)
+    assert torch.equal(z != 0, expected) and torch.equal(dx != 0, expected)
+    assert expected.all() or not expected.any() or p == 0.3
+
+
 @pytest.mark.parametrize("C", [96, 720, 1280])
 def test_rows_with_every_option(C):
     problem = many_rows(C, "fp16 on fp32", shape=(23, 1, C), param_dtype=FP32, dropout_p=0.3)
@@ -109,7 +127,7 @@ def test_rows_longer_than_a_block_holds(C):
 
 @pytest.mark.parametrize("C", [96, 720])
 def test_the_same_bits_every_time(C):
-    problem = layer_norm_problem((WIDTHS[C], 1, C), BF16, residual_dtype=FP32)
+    problem = layer_norm_problem((WIDTHS[C], 1, C), BF16, residual_dtype=FP32, dropout_p=0.1)
     tensors = list(problem.inputs.values())
 
     def run():

@@ -150,14 +150,14 @@ __global__ void __launch_bounds__(kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.threads
         dgamma.add(i, columns, x, sums_of(2), first_row);
       }
       if (a.dx.data != nullptr) {
-        if (skip) {
-#pragma unroll
-          for (int j = 0; j < 8; ++j) g[j] = 0.0f;
-        } else if (!a.scale_dy) {
+        if (!a.scale_dy) {
           float gamma[8];
           parameter(1, columns, gamma);
 #pragma unroll
-          for (int j = 0; j < 8; ++j) g[j] *= row.scale * gamma[j];
+          for (int j = 0; j < 8; ++j) {
+            const float product = g[j] * (row.scale * gamma[j]);
+            g[j] = skip ? 0.0f : product;
+          }
         }
         store(element(a.dx.data, row.index * a.C, a.dx.dtype), a.dx.dtype, columns, g);
       }

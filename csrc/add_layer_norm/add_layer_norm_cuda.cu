@@ -4,22 +4,26 @@
 // add_layer_norm_plan.h asks for, and registration.
 //
 // Algorithm: a row is worked on in registers, eight elements at a time; mean and variance are two
-//   passes over the registers, in fp32. The usual dtypes (Types) read rows by a ring: cp.async
+//   passes over the registers, in fp32. The usual dtypes (Widths) read rows by a ring: cp.async
 //   brings the next one or two of each thread to shared memory meanwhile, where the parameters are
 //   too. The backward's threads keep the sums over rows of dweight, dbias and dgamma for their
 //   columns, blocks write them, and finish_kernel, which starts while they do, adds them in a fixed
-//   order: no atomics. Dropout's mask is computed again.
+//   order: no atomics. Dropout's mask is computed again, a row's before the row is in registers.
 // Grid: persistent. 1..32 lanes a row up to C = 1024 (512 without 16-byte accesses), a block a row
 //   up to 8192 (4096); beyond, the block walks the row and reads it again in each pass.
 // Memory per block: ring and parameters, most of a multiprocessor's: add_layer_norm_plan.h.
 // Limits: any C, any alignment; 16-byte accesses where C % 8 == 0 and rows begin on 16-byte lines.
-// Floor: bytes per element with x, y, z in bf16 (fp32 residual) forward: x, residual in, z, y out,
-//   8 (12); backward: dy, dz, z in, dz out, 8 (14), with LayerScale also x in, dx out, 12 (18).
-//   ViT-B, B256 N197 C768 at 4.3 TB/s: 72, 72, 108 us. A row with row_scale 0 saves the 2 of x.
+// Floor: bytes per element with x, y, z in 16 bits (fp32 residual; y too) forward: x, residual in,
+//   z, y out, 8 (12; 14); backward: dy, dz, z in, dz out, 8 (14), with LayerScale also x in, dx
+//   out, 12 (18), with dropout alone dx out, 10 (16). ViT-B, B256 N197 C768 at 4.3 TB/s: 72, 72,
+//   108, 90 us. A row with row_scale 0 saves the 2 of x.
 //   The SASS reads and writes each piece of a row once (tests/test_cuda_build.py), beside 8 bytes
-//   of statistics; parameters once a block. Not measured. On sm_90, bf16, C = 768: 24 warps forward
-//   (8 backward, with LayerScale) have 74 KB (98) of later rows under way, of which 4.3 TB/s at
-//   0.8 us need 26; 607 (978) instructions a row are 32 us (52) of all issue slots at 1.8 GHz.
+//   of statistics; parameters once a block. Not measured. On sm_90, 16 bits, C = 768: 24 warps
+//   forward (8 backward, with LayerScale) have 74 KB (98) of later rows under way, of which 4.3
+//   TB/s at 0.8 us need 26; 563 (982) instructions of a warp a row are 30 us (52) of all issue
+//   slots at 1.8 GHz. Dropout is 45 instructions an element, 41 of them Philox, 17 of these
+//   products at half rate: 1650 a row forward (2070 backward), 88 us (110) of issue slots: more
+//   than the memory of 16-bit tensors takes (72, 90), less than that of an fp32 residual (108, 144).
 #include <cmath>
 
 #include "add_layer_norm/add_layer_norm_backward.cuh"

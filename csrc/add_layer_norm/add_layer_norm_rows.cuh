@@ -157,6 +157,7 @@ VK_DEVICE unsigned kept_by(const Dropout& dropout, const Row& row, int64_t C, in
   static_assert(N <= 4);
   const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
   const uint64_t index = static_cast<uint64_t>(row.index * C);
+  const uint32_t least = static_cast<uint32_t>(dropout.threshold);
   unsigned kept = 0;
 #pragma unroll 1
   for (int half = 0; half < 2 * N; ++half) {
@@ -164,11 +165,13 @@ VK_DEVICE unsigned kept_by(const Dropout& dropout, const Row& row, int64_t C, in
     const auto at = [&](int j) { return index + static_cast<uint64_t>(columns[half % 2 * 4 + j]); };
     unsigned bits = 0;
 #pragma unroll
-    for (int j = 0; j < 4; ++j)  // with VEC the indices differ in their last two bits only
-      bits |= keeps(dropout, seed, VEC ? at(0) | static_cast<uint64_t>(j) : at(j)) ? 1u << j : 0u;
+    for (int j = 0; j < 4; ++j) {  // with VEC the indices differ in their last two bits only
+      const uint64_t at_j = VEC ? at(0) | static_cast<uint64_t>(j) : at(j);
+      bits |= philox_word<true>(seed, at_j) >= least ? 1u << j : 0u;
+    }
     kept |= bits << (4 * half);
   }
-  return kept;
+  return dropout.threshold >> 32 == 0 ? kept : 0;  // beyond any word: p rounds to 1
 }
 
 // Eight elements of the branch, or of its gradient.

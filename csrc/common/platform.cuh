@@ -111,8 +111,7 @@ VK_DEVICE float unpack_f16_high(uint32_t pair) {
 
 // ---- Mathematics
 
-// The upper 32 bits of a product [P: mul.hi]. With a * b it is one instruction; the product of two
-// words widened to 64 bits also adds the zeros above them.
+// The upper 32 bits of a product [P: mul.hi].
 VK_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 // 1 / sqrt(x) with a relative error to 2^-22.9 [P: rsqrt.approx].

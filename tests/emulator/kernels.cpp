@@ -218,9 +218,11 @@ __global__ void unpack_kernel(const uint16_t* in, int64_t n, DType dtype, float*
   }
 }
 
-__global__ void philox_kernel(uint64_t seed, uint64_t first, int n, uint32_t* out) {
-  for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x))
+__global__ void philox_kernel(uint64_t seed, uint64_t first, int n, uint32_t* out, uint32_t* too) {
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x)) {
     out[i] = philox_word(seed, first + static_cast<uint64_t>(i));
+    too[i] = philox_word<true>(seed, first + static_cast<uint64_t>(i));
+  }
 }
 
 // ---- The order of threads between two barriers, as they came
@@ -291,8 +293,8 @@ EXPORT unpack(const uint16_t* in, int64_t n, int is_bf16, float* out, float* one
   const DType dtype = is_bf16 ? DType::kBF16 : DType::kF16;
   return launch(unpack_kernel, 1, 1, 0, in, n, dtype, out, one);
 }
-EXPORT philox(uint64_t seed, uint64_t first, int n, uint32_t* out) {
-  return launch(philox_kernel, 1, 32, 0, seed, first, n, out);
+EXPORT philox(uint64_t seed, uint64_t first, int n, uint32_t* out, uint32_t* too) {
+  return launch(philox_kernel, 1, 32, 0, seed, first, n, out, too);
 }
 EXPORT order(int blocks, int threads, int os_threads, int* counter, int* out) {
   emulator::settings().threads = os_threads;
