@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.threads
       });
       team.sum(sums);
     }
-    const float mean_wdy = sums[0] * a.columns.inverse, mean_wdy_xhat = sums[1] * a.columns.inverse;
+    const float mean_wdy = sums[0] * a.divisor.inverse, mean_wdy_xhat = sums[1] * a.divisor.inverse;
 
     pass([&](int i, const Columns<VEC>& columns) {
       float g[8];

@@ -20,10 +20,11 @@
 //   The SASS reads and writes each piece of a row once (tests/test_cuda_build.py), beside 8 bytes
 //   of statistics; parameters once a block. Not measured. On sm_90, 16 bits, C = 768: 24 warps
 //   forward (8 backward, with LayerScale) have 74 KB (98) of later rows under way, of which 4.3
-//   TB/s at 0.8 us need 26; 563 (982) instructions of a warp a row are 30 us (52) of all issue
+//   TB/s at 0.8 us need 26; 562 (899) instructions of a warp a row are 30 us (48) of all issue
 //   slots at 1.8 GHz. Dropout is 45 instructions an element, 41 of them Philox, 17 of these
-//   products at half rate: 1650 a row forward (2070 backward), 88 us (110) of issue slots: more
-//   than the memory of 16-bit tensors takes (72, 90), less than that of an fp32 residual (108, 144).
+//   products at half rate: 1641 a row forward (2037 backward), 87 us (108) of issue slots: more
+//   than the memory of 16-bit tensors takes (72, 90), less than that of an fp32 residual (108,
+//   144).
 #include <cmath>
 
 #include "add_layer_norm/add_layer_norm_backward.cuh"
@@ -255,7 +256,7 @@ void launch_forward(const Device& device, Operands& operands, ForwardArgs& a) {
   a.rows = operands.rows();
   a.rows_per_sample = operands.rows_per_sample();
   a.C = operands.C();
-  a.columns = Divisor(a.C);
+  a.divisor = Divisor(a.C);
   const Widths widths = forward_widths(FORM, a);
   const Plan p = add_layer_norm::plan(a.rows, a.C, operands.aligned(), widths != Widths::kAny,
                                       Pass::kForward, setting(device, widths));
@@ -271,7 +272,7 @@ void launch_backward(Device& device, Operands& operands, BackwardArgs& a, const 
   a.rows = operands.rows();
   a.rows_per_sample = operands.rows_per_sample();
   a.C = operands.C();
-  a.columns = Divisor(a.C);
+  a.divisor = Divisor(a.C);
   const bool dgamma = gradients[2].has_value();
   const Widths widths = backward_widths(dgamma, a);
   const Plan p = add_layer_norm::plan(a.rows, a.C, operands.aligned(), widths != Widths::kAny,

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<WIDTHS, BLOCK, CHUNKS
     };
     const auto pass = [&](auto use) { each_chunk<CHUNKS>(chunks, columns_of, load, use); };
 
-    const Statistics of_row = statistics<VEC>(team, z, a.columns, a.eps, pass);
+    const Statistics of_row = statistics<VEC>(team, z, a.divisor, a.eps, pass);
     const float mean = of_row.mean, rstd = of_row.rstd;
     if (team.rank == 0 && row.length > 0) {
       a.mean[row.index] = mean;

@@ -42,7 +42,7 @@ struct ForwardArgs {
   int64_t rows, rows_per_sample;
   int64_t step_samples, step_rest;  // from a team's row to its next: whole samples, rows more
   int C, lanes, slots;
-  Divisor columns{1};  // C
+  Divisor divisor{1};  // C
   float eps;
 };
 
@@ -59,7 +59,7 @@ struct BackwardArgs {
   int64_t rows, rows_per_sample;
   int64_t step_samples, step_rest;  // from a team's row to its next: whole samples, rows more
   int C, lanes, slots;
-  Divisor columns{1};  // C
+  Divisor divisor{1};  // C
 };
 
 // ---- Widths fixed at compile time

@@ -129,18 +129,18 @@ struct Statistics {
   float mean, rstd;
 };
 
-// The columns of a row. One division for all rows.
+// The length of a row, which its sums are divided by: one division for all rows.
 struct Divisor {
   float value, inverse;
 
-  VK_BOTH explicit Divisor(int columns)
-      : value(static_cast<float>(columns)), inverse(1.0f / static_cast<float>(columns)) {}
+  VK_BOTH explicit Divisor(int length)
+      : value(static_cast<float>(length)), inverse(1.0f / static_cast<float>(length)) {}
 };
 
 // Of a row, in two passes: pass(use) calls use(i, columns) for each chunk of
 // the thread, whose elements are then z[i], 0 beyond the row.
 template <bool VEC, int N, class Team, class Pass>
-VK_DEVICE Statistics statistics(Team& team, const float (&z)[N][8], const Divisor& columns,
+VK_DEVICE Statistics statistics(Team& team, const float (&z)[N][8], const Divisor& length,
                                 float eps, const Pass& pass) {
   float sum[1] = {0.0f};
   pass([&](int i, const Columns<VEC>&) {
@@ -148,20 +148,20 @@ VK_DEVICE Statistics statistics(Team& team, const float (&z)[N][8], const Diviso
     for (int j = 0; j < 8; ++j) sum[0] += z[i][j];
   });
   team.sum(sum);
-  const float about = sum[0] * columns.inverse;  // to the last bit; then what a division gives
-  const float mean = fmaf(fmaf(-about, columns.value, sum[0]), columns.inverse, about);
+  const float about = sum[0] * length.inverse;  // to the last bit; then what a division gives
+  const float mean = fmaf(fmaf(-about, length.value, sum[0]), length.inverse, about);
 
   float squares[1] = {0.0f};
-  pass([&](int i, const Columns<VEC>& chunk) {
-    if (VEC && !chunk.holds(0)) return;
+  pass([&](int i, const Columns<VEC>& columns) {
+    if (VEC && !columns.holds(0)) return;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float d = VEC || chunk.holds(j) ? z[i][j] - mean : 0.0f;
+      const float d = VEC || columns.holds(j) ? z[i][j] - mean : 0.0f;
       squares[0] += d * d;
     }
   });
   team.sum(squares);
-  return {mean, rsqrt_approx(squares[0] * columns.inverse + eps)};
+  return {mean, rsqrt_approx(squares[0] * length.inverse + eps)};
 }
 
 // ---- Sums over rows, one a column
