@@ -14,7 +14,7 @@
 //   pixels do not begin on 16-byte lines is copied first, so that bits do not depend on its place.
 // Floor: bytes per element of x in 16 bits: forward 4 (x in, y out), backward 6 (dy, x in, dx out).
 //   Swin-T's first merge, B128 of 56 x 56 x 96, at 4.3 TB/s: 36 and 54 us. Not measured.
-//   Two rows of it are about 600 instructions of a warp forward and 850 backward (sm_90a SASS,
+//   Two rows of it are about 530 instructions of a warp forward and 790 backward (sm_90a SASS,
 //   bf16), where the memory's time has room for 660 and 990.
 #pragma once
 
