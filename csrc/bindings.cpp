@@ -38,23 +38,24 @@ PYBIND11_MODULE(_C, m) {
       "The instruction-set level that the CPU kernels run at in this process.");
   m.def(
       "add_layer_norm_plan",
-      [](int64_t rows, int64_t C, bool aligned, bool common_types, int multiprocessors,
-         const std::string& pass, int architecture, int branch_bytes, int stream_bytes) {
+      [](int64_t rows, int64_t C, bool aligned, bool common_widths, int multiprocessors,
+         const std::string& pass, int architecture, int branch_bytes, int stream_bytes,
+         int y_bytes) {
         using vitkernels::add_layer_norm::Pass;
         const std::map<std::string, Pass> passes{{"forward", Pass::kForward},
                                                  {"backward", Pass::kBackward},
                                                  {"backward_gamma", Pass::kBackwardGamma}};
         const auto p = vitkernels::add_layer_norm::plan(
-            rows, C, aligned, common_types, passes.at(pass),
-            {multiprocessors, architecture, branch_bytes / 2, stream_bytes / 2});
-        return py::dict("fixed_types"_a = p.fixed_types, "vectorized"_a = p.vectorized,
+            rows, C, aligned, common_widths, passes.at(pass),
+            {multiprocessors, architecture, branch_bytes / 2, stream_bytes / 2, y_bytes / 2});
+        return py::dict("fixed_widths"_a = p.fixed_widths, "vectorized"_a = p.vectorized,
                         "block_per_row"_a = p.block_per_row, "chunks"_a = p.chunks,
                         "lanes"_a = p.lanes, "threads"_a = p.threads, "slots"_a = p.slots,
                         "blocks"_a = p.blocks, "shared_bytes"_a = p.shared_bytes);
       },
-      py::arg("rows"), py::arg("C"), py::arg("aligned"), py::arg("common_types"),
+      py::arg("rows"), py::arg("C"), py::arg("aligned"), py::arg("common_widths"),
       py::arg("multiprocessors"), py::arg("pass_"), py::arg("architecture") = 90,
-      py::arg("branch_bytes") = 2, py::arg("stream_bytes") = 2,
+      py::arg("branch_bytes") = 2, py::arg("stream_bytes") = 2, py::arg("y_bytes") = 2,
       "Launch settings of add_layer_norm's CUDA kernels.");
   m.def(
       "attention_sm80_plan",

@@ -168,6 +168,18 @@ def _layer_norms() -> Iterator[Case]:
     layouts = ("transposed", "sliced", "expanded", "misaligned_1", "nan_border")
     yield from _cases("add_layer_norm", "C384", (4, 50, 384), dtypes=(BF16,), layouts=layouts)
     yield from _cases("add_layer_norm", "C384 dropout", (4, 50, 384), dropout_p=0.1)
+    encoder = {"dropout_p": 0.1, "gamma": False, "row_scale": False}  # nn.EncoderBlock's
+    for C in (96, 256, 512, 768, 1024, 1280, 4096):
+        rows = (64, 50, C) if C < 4096 else (8, 50, C)
+        yield from _cases("add_layer_norm", f"C{C} dropout", rows, dtypes=(BF16, FP32), **encoder)
+    autocast = {"residual_dtype": FP32, "param_dtype": FP32, "dtypes": (BF16, FP16)}
+    for C, options in itertools.product((192, 768), ({}, encoder)):
+        name = f"C{C} fp32 stream{' dropout' if options else ''}"
+        yield from _cases("add_layer_norm", name, (64, 50, C), **autocast, **options)
+        post_norm = {"out_dtype": FP32, "gamma": False} | options
+        yield from _cases("add_layer_norm", f"{name} fp32 y", (64, 50, C), **autocast, **post_norm)
+    for C in (192, 768):
+        yield from _cases("layer_norm_add", f"C{C} fp32 stream", (64, 50, C), **autocast)
     for C in (96, 768, 1536):
         yield from _cases("layer_norm_add", f"C{C}", (3, 196, C))
     for C in (96, 384):

@@ -14,7 +14,7 @@ import torch
 from emulated_mutant import CAN_BUILD, check_verdict, run_mutant
 from layer_norm_problems import layer_norm_add_problem, layer_norm_problem
 from native_build import ROOT
-from problems import DTYPE_IDS, check, output_gradients
+from problems import DTYPE_IDS, check, output_gradients, philox_keep_mask
 
 from vitkernels import _native, testing
 from vitkernels.testing import assert_bitwise_equal, available_for, grads_of
@@ -27,14 +27,16 @@ pytestmark = [
     pytest.mark.skipif(not CUDA, reason="the CUDA kernels can neither run nor be emulated here"),
 ]
 
-# Branch, stream. Rows are many times what the emulator's two multiprocessors hold, and not a
+# Branch, stream, y. Rows are many times what the emulator's two multiprocessors hold, and not a
 # multiple of it: every team has several rows, and some have one less.
 TYPES = {
-    "fp32": (FP32, FP32),
-    "bf16": (BF16, BF16),
-    "bf16 on fp32": (BF16, FP32),
-    "fp16": (FP16, FP16),
-    "fp16 on fp32": (FP16, FP32),
+    "fp32": (FP32, FP32, FP32),
+    "bf16": (BF16, BF16, BF16),
+    "bf16 on fp32": (BF16, FP32, BF16),
+    "bf16 on fp32 to fp32": (BF16, FP32, FP32),  # post-norm under autocast
+    "fp16": (FP16, FP16, FP16),
+    "fp16 on fp32": (FP16, FP32, FP16),
+    "fp16 on fp32 to fp32": (FP16, FP32, FP32),
 }
 # C, rows: 16 lanes, a warp with 1 to 4 chunks, the last of them not whole, and a block with 1 or 2.
 WIDTHS = {96: 419, 248: 211, 392: 157, 720: 131, 1000: 107, 1280: 53, 2104: 29}
@@ -45,18 +47,59 @@ SOME = [
 ]
 
 
+def many_rows(C, types, *, shape=None, **options):
+    branch, stream, y = TYPES[types]
+    dtypes = {"residual_dtype": stream, "out_dtype": y}
+    return layer_norm_problem(shape or (WIDTHS[C], 1, C), branch, **dtypes, **options)
+
+
 @pytest.mark.parametrize(("C", "types"), SOME)
 def test_many_rows_of_a_team(C, types):
-    branch, stream = TYPES[types]
+    gamma = TYPES[types][0] == TYPES[types][2]  # post-norm has no LayerScale
     if hasattr(_native.build_facts(), "add_layer_norm_plan"):
-        for pass_ in ("forward", "backward_gamma"):
+        sizes = [dtype.itemsize for dtype in TYPES[types]]
+        for pass_ in ("forward", "backward_gamma" if gamma else "backward"):
             plan = _native.build_facts().add_layer_norm_plan(
-                WIDTHS[C], C, True, True, 2, pass_, 90, branch.itemsize, stream.itemsize
+                WIDTHS[C], C, True, True, 2, pass_, 90, *sizes
             )
             per_block = 1 if plan["block_per_row"] else plan["threads"] // plan["lanes"]
             assert plan["slots"] >= 2 and WIDTHS[C] > plan["slots"] * plan["blocks"] * per_block
-    problem = layer_norm_problem((WIDTHS[C], 1, C), branch, residual_dtype=stream)
-    check(problem, "cuda", shape_class=f"C{C} {types}, many rows")
+    check(many_rows(C, types, gamma=gamma), "cuda", shape_class=f"C{C} {types}, many rows")
+
+
+@pytest.mark.parametrize(
+    ("C", "types"),
+    [*((C, "bf16") for C in WIDTHS), *((248, types) for types in TYPES if types != "bf16")],
+)
+def test_rows_with_dropout(C, types):
+    """As nn.EncoderBlock trains: no LayerScale. DropPath too, at some widths."""
+    shape, row_scale = (WIDTHS[C] // 9, 3, C), C in (96, 248, 1280)
+    problem = many_rows(C, types, shape=shape, gamma=False, row_scale=row_scale, dropout_p=0.1)
+    check(problem, "cuda", shape_class=f"C{C} {types} dropout, {shape[0]} x 3 rows")
+
+
+@pytest.mark.parametrize("C", WIDTHS)
+@pytest.mark.parametrize("p", [0.3, 1e-12, 1 - 1e-12])
+def test_the_mask_bit_for_bit(C, p):
+    """The last two keep every element and none."""
+    ones, seed = torch.ones(7, 1, C, dtype=BF16), torch.tensor([2**61 + 5])
+    ops, zeros = torch.ops.vitkernels, torch.zeros(7, 1, C)
+    _, z, mean, rstd = ops.add_layer_norm_fwd.cuda(
+        ones, zeros, None, None, None, None, seed, p, 1e-6, BF16
+    )
+    dx, *_ = ops.add_layer_norm_bwd.cuda(
+        None, zeros + 1, z, mean, rstd, None, None, None, None, None, seed, p, BF16,
+        [True] + [False] * 4,
+    )  # fmt: skip
+    expected = philox_keep_mask(seed.item(), (7, 1, C), p)
+    assert torch.equal(z != 0, expected) and torch.equal(dx != 0, expected)
+    assert expected.all() or not expected.any() or p == 0.3
+
+
+@pytest.mark.parametrize("C", [96, 720, 1280])
+def test_rows_with_every_option(C):
+    problem = many_rows(C, "fp16 on fp32", shape=(23, 1, C), param_dtype=FP32, dropout_p=0.3)
+    check(problem, "cuda", shape_class=f"C{C} fp16 dropout gamma, 23 rows")
 
 
 @pytest.mark.parametrize("C", [96, 720, 1280])
@@ -67,11 +110,12 @@ def test_many_rows_of_a_team_without_options(C):
         check(problem, "cuda", shape_class=f"C{C} bare, many rows")
 
 
-@pytest.mark.parametrize("stream", [BF16, FP32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("types", [t for t in TYPES if "to" not in t and t != "fp32"])
 @pytest.mark.parametrize("C", [96, 720, 1280])
-def test_many_rows_of_layer_norm_add(C, stream):
-    problem = layer_norm_add_problem((WIDTHS[C] // 5, 5, C), BF16, residual_dtype=stream)
-    check(problem, "cuda", shape_class=f"C{C} many rows, stream in {DTYPE_IDS[stream]}")
+def test_many_rows_of_layer_norm_add(C, types):
+    branch, stream, _ = TYPES[types]
+    problem = layer_norm_add_problem((WIDTHS[C] // 5, 5, C), branch, residual_dtype=stream)
+    check(problem, "cuda", shape_class=f"C{C} {types} many rows")
 
 
 @pytest.mark.parametrize("C", [8200, 9001])
@@ -83,7 +127,7 @@ def test_rows_longer_than_a_block_holds(C):
 
 @pytest.mark.parametrize("C", [96, 720])
 def test_the_same_bits_every_time(C):
-    problem = layer_norm_problem((WIDTHS[C], 1, C), BF16, residual_dtype=FP32)
+    problem = layer_norm_problem((WIDTHS[C], 1, C), BF16, residual_dtype=FP32, dropout_p=0.1)
     tensors = list(problem.inputs.values())
 
     def run():
@@ -180,7 +224,6 @@ ROWS, FORWARD, BACKWARD = (f"add_layer_norm_{part}.cuh" for part in ("rows", "fo
 COMMON = "common/layer_norm_rows.cuh"
 FAULTS = {
     "none": (LAUNCHER, "", ""),
-    "the wait for a row": (ROWS, "    ring_.wait();\n", ""),
     "the wait for the grid before": (COMMON, "  wait_for_grid_before();\n", ""),
     "the barrier after the parameters": (
         FORWARD,
@@ -200,27 +243,77 @@ FAULTS = {
     ),
     "the next row of a slot": (ROWS, "VK_DEVICE void close() { ring_.ended(); }",
                                "VK_DEVICE void close() {}"),
-    "a sample that ends within a step": (ROWS, "if (rest_ >= a_.rows_per_sample)",
-                                         "if (rest_ > a_.rows_per_sample)"),
-    "rows past the last": (ROWS, "length(row < a.rows ? a.C : 0)", "length(a.C)"),
+    "a sample that ends within a step": (ROWS, "if (rest_ >= rows_per_sample)",
+                                         "if (rest_ > rows_per_sample)"),
+    "rows past the last": (ROWS, "length(row < static_cast<Index>(a.rows) ? a.C : 0)",
+                           "length(a.C)"),
+    "a chunk's own mask": (FORWARD, "drop(a.dropout, kept >> (8 * i), z[i]);",
+                           "drop(a.dropout, kept, z[i]);"),
 }  # fmt: skip
-FEW = ("none", "the wait for a row")
-
 CHECK = """
+import itertools
 import torch
 from layer_norm_problems import layer_norm_problem
 from problems import check
 
 torch.use_deterministic_algorithms(True)  # unwritten outputs are NaN
-for shape in ((31, 3, 96), (11, 13, 392)):
-    check(layer_norm_problem(shape, torch.bfloat16), "cuda", shape_class="planted faults")
+for shape, p in itertools.product(((31, 3, 96), (11, 13, 392)), (0.0, 0.2)):
+    check(layer_norm_problem(shape, torch.bfloat16, dropout_p=p), "cuda", shape_class="faults")
 """
 
 
 @pytest.mark.skipif(not CAN_BUILD, reason="no C++ compiler or no build of the emulator")
 @pytest.mark.parametrize(
-    "fault", [f if f in FEW else pytest.param(f, marks=pytest.mark.slow) for f in FAULTS]
+    "fault", [f if f == "none" else pytest.param(f, marks=pytest.mark.slow) for f in FAULTS]
 )
 def test_a_planted_fault_is_caught(fault, tmp_path):
     done = run_mutant("add_layer_norm", (*FAULTS[fault], LAUNCHER), CHECK, tmp_path)
     check_verdict(done, fault != "none")
+
+
+# ---- Which calls read rows by the ring: without its wait they see memory that nobody wrote, NaN
+
+SEES = """
+import sys, torch
+import vitkernels.ops
+ops, C, p = torch.ops.vitkernels, 96, torch.ones(96)
+
+def nan(outputs):
+    return any(t is not None and t.isnan().any().item() for t in outputs)
+
+def rows(*types):
+    return [torch.randn(200, 1, C).to(getattr(torch, t)) for t in types]
+
+for call in sys.argv[1:]:
+    branch, stream, y, gamma, dropout = call.split()
+    x, residual, dz, z, dy = rows(branch, stream, stream, stream, y)
+    gamma, seed = p if gamma == "gamma" else None, torch.tensor([3]) if dropout == "0.1" else None
+    mean, rstd = torch.zeros(200, 1), torch.ones(200, 1)
+    forward = ops.add_layer_norm_fwd.cuda(
+        x, residual, p, p, gamma, None, seed, float(dropout), 1e-6, dy.dtype)
+    backward = ops.add_layer_norm_bwd.cuda(
+        dy, dz, z, mean, rstd, x, p, p, gamma, None, seed, float(dropout), x.dtype,
+        [True] * 4 + [gamma is not None])
+    added = ops.layer_norm_add_fwd.cuda(x, residual, p, p, None, 1e-6)
+    added_back = ops.layer_norm_add_bwd.cuda(residual, x, mean, rstd, p, p, None, [True] * 3)
+    print(call, *(int(nan(outputs)) for outputs in (forward, backward, added, added_back)))
+"""
+F32, B16, F16 = "float32", "bfloat16", "float16"
+ALIKE = [(t, t, t) for t in (F32, B16, F16)]
+AUTOCAST = [(t, F32, t) for t in (B16, F16)]
+POST_NORM = [(t, F32, F32) for t in (B16, F16)]
+
+
+@pytest.mark.skipif(not CAN_BUILD, reason="no C++ compiler or no build of the emulator")
+def test_what_people_train_and_serve_goes_through_the_ring(tmp_path):
+    """Forward and backward of add_layer_norm and of layer_norm_add; without the ring's wait."""
+    calls = [(*types, gamma) for types in ALIKE + AUTOCAST for gamma in ("gamma", "plain")]
+    calls += [(*types, "plain") for types in POST_NORM]
+    expected = {" ".join((*call, p)): "1 1 1 1" for call in calls for p in ("0.0", "0.1")}
+    for types in POST_NORM:  # LayerScale's gradient: pre-norm only
+        expected[" ".join((*types, "gamma", "0.0"))] = "1 0 1 1"
+    expected[f"{F32} {F32} {B16} plain 0.0"] = "0 0 1 1"  # a y of its own
+    change = (ROWS, "    ring_.wait();\n", "", LAUNCHER)
+    done = run_mutant("add_layer_norm", change, SEES, tmp_path, *expected)
+    seen = {line[:-8]: line[-7:] for line in done.stdout.splitlines()}
+    assert seen == expected, done.stderr[-2000:]

@@ -143,27 +143,33 @@ def test_library_needs_no_cuda_library():
     assert not [name for name in needed if "cuda" in name or "torch_cuda" in name]
 
 
-def pieces_of_a_row(types, chunks, forward, gamma):
+# 16-byte pieces of eight elements of branch, stream and y, by Widths; kAny, 0, has none of its own.
+PIECES = {1: (2, 2, 2), 2: (1, 1, 1), 3: (1, 2, 1), 4: (1, 2, 2), 5: (1, 1, 2)}
+
+
+def pieces_of_a_row(pieces, chunks, forward, gamma):
     """16-byte pieces of a thread's row: x and residual, or z, dz, dy (and x)."""
-    branch, stream = (2 if types in (1, 6) else 1), (2 if types in (1, 3, 5) else 1)
-    return chunks * (branch + stream if forward else 2 * stream + (1 + gamma) * branch)
+    branch, stream, y = pieces
+    return chunks * (branch + stream if forward else 2 * stream + y + gamma * branch)
 
 
 @needs_nvcc
 @pytest.mark.skipif(disassembler() is None, reason="cuobjdump and nvdisasm are not here")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_sass_of_add_layer_norm(arch):
-    """Template arguments: forward Form, Types, VEC, BLOCK, CHUNKS; backward without Form.
+    """Template arguments: forward Form, Widths, VEC, BLOCK, CHUNKS; backward without Form.
 
-    With types fixed, each piece of a row is read once, by cp.async: in the loop and in what begins
-    the first rows; and in the loop the next row's copies come before this row's reduction.
+    With widths fixed, each piece of a row is read once, by cp.async: in the loop and in what begins
+    the first rows; and in the loop the next row's copies come before this row's reduction. Philox
+    is there once, four calls side by side: 33 and 36 products with its two factors, since the
+    second round's first is of constants.
     """
     compiled_file = OBJECTS / "add_layer_norm_add_layer_norm_cuda.cu.cuda.o"
     kernels = {k: v for k, v in sass(compiled_file, arch).items() if "finish" not in k}
     assert len(kernels) > 40
     for name, code in kernels.items():
         forward = "forward" in name
-        form, types, vectorized, _, chunks, gamma = (
+        form, widths, vectorized, _, chunks, gamma = (
             (*(int(n) for n in re.findall(r"\d+", name)), 0)
             if forward
             else (0, *(int(n) for n in re.findall(r"\d+", name)))
@@ -172,14 +178,16 @@ def test_sass_of_add_layer_norm(arch):
             kind: [i for i, line in enumerate(code) if re.search(rf"\b{kind}\b\S*\.128", line)]
             for kind in ("LDG", "LDGSTS", "STG")
         }
-        if types:
-            pieces = pieces_of_a_row(types, chunks, forward, gamma)
+        if widths:
+            branch, stream, y = PIECES[widths]
+            pieces = pieces_of_a_row(PIECES[widths], chunks, forward, gamma)
             assert len(of["LDGSTS"]) == 2 * pieces and not of["LDG"], name
             shuffles = [i for i, line in enumerate(code) if re.search(r"\bSHFL\b", line)]
             assert max(of["LDGSTS"]) < min(shuffles), name
-            wide, wide_stream = types == 1, types in (1, 3, 5)  # y and z, or dresidual and dx
-            written = chunks * (2 + wide + wide_stream) if not form else 0
-            assert len(of["STG"]) == (written or chunks * (1 + wide_stream)), name
+            written = y + (0 if form else stream) if forward else stream + branch
+            assert len(of["STG"]) == chunks * written, name
+            products = [sum(f in line for line in code) for f in ("-0x2daee0ad", "-0x326172a9")]
+            assert products == ([0, 0] if form else [33, 36]), name
         elif vectorized:
             assert len(of["LDG"]) >= 2 * max(chunks, 1) and not of["LDGSTS"], name
             assert len(of["STG"]) >= 2 * max(chunks, 1), name
@@ -206,12 +214,12 @@ def test_sass_of_dependent_launches():
 
 
 def plan(
-    rows, C, aligned=True, common_types=True, multiprocessors=132, pass_="forward",
-    architecture=90, branch=2, stream=2,
+    rows, C, aligned=True, common_widths=True, multiprocessors=132, pass_="forward",
+    architecture=90, branch=2, stream=2, y=2,
 ):  # fmt: skip
-    """branch, stream: bytes of an element."""
+    """branch, stream, y: bytes of an element."""
     return _native.build_facts().add_layer_norm_plan(
-        rows, C, aligned, common_types, multiprocessors, pass_, architecture, branch, stream
+        rows, C, aligned, common_widths, multiprocessors, pass_, architecture, branch, stream, y
     )
 
 
@@ -234,13 +242,13 @@ def test_every_element_of_a_row_has_one_place(C, pass_):
             if not p["block_per_row"]:
                 assert p["lanes"] in (1, 2, 4, 8, 16, 32) and 1 <= p["chunks"] <= 4
             instances = {1, 2, 3, 4} if not p["block_per_row"] else {1, 2}
-            if not p["fixed_types"]:
+            if not p["fixed_widths"]:
                 most = 4 if p["vectorized"] else 2
                 instances = {most, 0} if p["block_per_row"] else {most}
             assert p["chunks"] in instances
-            if not p["fixed_types"]:
+            if not p["fixed_widths"]:
                 assert p["shared_bytes"] <= 12 * 1024 and p["slots"] == 0
-            if p["fixed_types"] and not p["block_per_row"] and p["chunks"] > 1:
+            if p["fixed_widths"] and not p["block_per_row"] and p["chunks"] > 1:
                 assert p["lanes"] == 32  # kLanes
 
 
@@ -249,8 +257,10 @@ def test_every_element_of_a_row_has_one_place(C, pass_):
 def test_grids(pass_):
     assert plan(0, 768, pass_=pass_)["blocks"] == 0
     assert plan(1, 768, pass_=pass_)["blocks"] == 1
-    assert plan(2**40, 768, pass_=pass_)["blocks"] == 132 * (3 if pass_ == "forward" else 1)
-    assert plan(2**40, 768, common_types=False)["blocks"] == 132 * 64
+    many = plan(2**31 - 1, 768, pass_=pass_)
+    assert many["blocks"] == 132 * (3 if pass_ == "forward" else 1)
+    assert many["fixed_widths"] and not plan(2**31, 768, pass_=pass_)["fixed_widths"]  # RowIndex
+    assert plan(2**40, 768, common_widths=False)["blocks"] == 132 * 64
     for C in (8, 96, 768, 1536, 9000):  # no block without a row: its partial sums are read
         for rows in (1, 7, 200, 50432):
             p = plan(rows, C, pass_=pass_)
@@ -273,7 +283,8 @@ def test_plans_of_the_shapes_that_count():
     assert brief(vit_base, 768, "backward") == (32, 3, 384, 3, 132)
     assert brief(vit_base, 768, "backward_gamma") == (32, 3, 256, 3, 132)
     assert brief(vit_base, 768, "backward_gamma", stream=4) == (32, 3, 256, 2, 132)
-    assert brief(vit_base, 1024, "backward_gamma", branch=4, stream=4) == (32, 4, 192, 2, 132)
+    assert brief(vit_base, 768, "backward", stream=4, y=4) == (32, 3, 352, 2, 132)
+    assert brief(vit_base, 1024, "backward_gamma", branch=4, stream=4, y=4) == (32, 4, 192, 2, 132)
     assert brief(swin, 96, "forward") == (16, 1, 256, 3, 528)
     assert brief(swin, 96, "backward") == (16, 1, 256, 3, 396)
     assert brief(vit_base, 1280, "forward") == (0, 1, 160, 3, 528)
@@ -287,22 +298,22 @@ SHARED = {80: (164, 163), 86: (100, 99), 90: (228, 227)}  # KB of a multiprocess
 @pytest.mark.parametrize("pass_", PASSES)
 def test_rings_fit_their_multiprocessor(pass_, architecture):
     """With a KB for the driver and 512 static bytes each, and room for the sums of all warps."""
-    for branch, stream in ((2, 2), (2, 4), (4, 4)):
+    for pieces in PIECES.values():
         for C in (8, 96, 192, 384, 768, 1024, 1032, 1280, 1536, 2048, 2056, 4096):
-            p = plan(2**40, C, True, True, 1, pass_, architecture, branch, stream)
-            if not p["fixed_types"]:  # not even one row fits
-                assert architecture == 86 and C * stream >= 8192
+            bytes_ = [2 * n for n in pieces]
+            p = plan(2**30, C, True, True, 1, pass_, architecture, *bytes_)
+            if not p["fixed_widths"]:  # not even one row fits
+                assert architecture == 86 and C * max(bytes_) >= 8192
                 continue
             assert 1 <= p["slots"] <= 3
             used = p["shared_bytes"] + 512
             assert used <= SHARED[architecture][1] << 10
             assert p["blocks"] * (used + 1024) <= SHARED[architecture][0] << 10
             lanes = p["threads"] if p["block_per_row"] else p["lanes"]
-            types = {(2, 2): 2, (2, 4): 3, (4, 4): 1}[branch, stream]
-            pieces = pieces_of_a_row(types, p["chunks"], pass_ == "forward", pass_[8:] == "_gamma")
+            of_row = pieces_of_a_row(pieces, p["chunks"], pass_ == "forward", pass_[8:] == "_gamma")
             words = 1 if pass_ == "forward" else 3
             parameters = (3 if pass_ == "forward" else 2) * 4 * 8 * lanes * p["chunks"]
-            row = (16 * pieces + 4 * words) * p["threads"]
+            row = (16 * of_row + 4 * words) * p["threads"]
             assert p["shared_bytes"] == parameters + p["slots"] * row
             if pass_ != "forward" and not p["block_per_row"]:
                 assert p["slots"] * row >= 12 * C
@@ -320,13 +331,13 @@ def test_persistent_blocks_fit_their_multiprocessor():
             continue
         arguments = [int(n) for n in re.findall(r"\d+", name)]
         forward = name.startswith("forward")
-        types, _, block, chunks = arguments[1:5] if forward else arguments[:4]
-        if block or not types:
+        widths, _, block, chunks = arguments[1:5] if forward else arguments[:4]
+        if block or not widths:
             continue
         pass_ = PASSES[0 if forward else 1 + arguments[4]]
-        bytes_ = (4 if types in (1, 6) else 2), (4 if types in (1, 3, 5) else 2)
+        bytes_ = [2 * n for n in PIECES[widths]]
         p = plan(2**30, 256 * chunks, True, True, 1, pass_, int(arch[3:5]), *bytes_)
-        assert p["chunks"] == chunks and p["fixed_types"]
+        assert p["chunks"] == chunks and p["fixed_widths"]
         per_warp = (used["registers"] * 32 + 255) // 256 * 256
         assert p["blocks"] * p["threads"] // 32 * per_warp <= 65536, (name, arch)
 

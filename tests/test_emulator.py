@@ -317,13 +317,24 @@ def test_exp2_errs_as_much_as_it_may(kernels):
     assert out[4] == torch.inf and abs(out[5] - 1) < 2**-21.4
 
 
+def test_rsqrt_errs_as_much_as_it_may(kernels):
+    """PTX ISA, rsqrt.approx: relative error to 2^-22.9."""
+    values = torch.cat([torch.logspace(-38, 38, 4096), torch.tensor([1e-42, torch.inf, -1.0])])
+    out = torch.empty(len(values))
+    kernels.inverse_roots(values, ctypes.c_int64(len(values)), out)
+    error = (out.double() * values.double().sqrt() - 1)[:-3]
+    assert 2**-23.1 < error.max() < 2**-22.3 and 2**-23.1 < -error.min() < 2**-22.3
+    assert abs(out[-3] / 1e-42**-0.5 - 1) < 1e-3 and out[-2] == 0 and out[-1].isnan()
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**62 - 1, 0x0123456789ABCDEF])
 @pytest.mark.parametrize("first", [0, 2**32 - 100, 2**40])
 def test_philox_words_are_the_references(kernels, seed, first):
-    out = torch.empty(256, dtype=torch.int32)
-    kernels.philox(ctypes.c_uint64(seed), ctypes.c_uint64(first), 256, out)
+    ways = torch.empty(2, 256, dtype=torch.int32)
+    kernels.philox(ctypes.c_uint64(seed), ctypes.c_uint64(first), 256, *ways)
     expected = philox_word(torch.tensor([seed]), torch.arange(first, first + 256))
-    assert torch.equal(out.long() & 0xFFFFFFFF, expected)
+    for out in ways:
+        assert torch.equal(out.long() & 0xFFFFFFFF, expected)
 
 
 # ---- The order of threads

@@ -230,8 +230,8 @@ MUTANTS = {
     "no barrier before the parameters": (KERNELS, FILLED + "    __syncthreads();\n", FILLED),
     "padding outside the statistics": (
         KERNELS,
-        "statistics<VEC>(team, z, width,",
-        "statistics<VEC>(team, z, patch.has == 7 ? width : width / 2,",
+        "statistics<VEC>(team, z, divisor,",
+        "statistics<VEC>(team, z, Divisor(patch.has == 7 ? length : length / 2),",
     ),
     "columns past the last in the variance": (
         COMMON,

@@ -39,23 +39,19 @@ template <bool VEC, bool BLOCK, int CHUNKS, bool DGAMMA>
 constexpr add_layer_norm::Residency kResidency =
     add_layer_norm::residency(VEC, BLOCK, CHUNKS, backward_pass(DGAMMA));
 
-template <Types TYPES, bool VEC, bool BLOCK, int CHUNKS, bool DGAMMA>
+template <Widths WIDTHS, bool VEC, bool BLOCK, int CHUNKS, bool DGAMMA>
 __global__ void __launch_bounds__(kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.threads,
                                   kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.blocks)
     backward_kernel(const __grid_constant__ BackwardArgs arguments) {
   check_launch_bounds<kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.threads>();
-  constexpr bool RING = TYPES != Types::kAny;
+  constexpr bool RING = WIDTHS != Widths::kAny;
   BackwardArgs a = arguments;
-  if constexpr (RING) {
-    set_types(a, branch_type(TYPES), stream_type(TYPES));
-    a.dropout.seed = nullptr;
-  }
+  fix_types<WIDTHS>(a);
   constexpr int HELD = CHUNKS == 0 ? 1 : CHUNKS;
   VK_SHARED(float, partial, [2 * 2 * kWarp]);
   VK_DYNAMIC_SHARED(float, dynamic);
-  Team<BLOCK, kLanes<TYPES, BLOCK, CHUNKS>> team(a.lanes, partial);
+  Team<BLOCK, kLanes<WIDTHS, BLOCK, CHUNKS>> team(a.lanes, partial);
   const int chunks = CHUNKS == 0 ? (a.C + 8 * team.size - 1) / (8 * team.size) : CHUNKS;
-  const float C = static_cast<float>(a.C);
   const int64_t blocks = gridDim.x;
   // This block's row of each of the three partial sums.
   const auto sums_of = [&](int which) {
@@ -81,34 +77,34 @@ __global__ void __launch_bounds__(kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.threads
   auto rows = [&] {
     using Reads = BackwardReads<DGAMMA>;
     if constexpr (RING)
-      return RingRows<Reads, TYPES, decltype(team), CHUNKS>(
+      return RingRows<Reads, WIDTHS, decltype(team), CHUNKS>(
           a, team, reinterpret_cast<char*>(after_parameters));
     else
       return DirectRows<Reads, decltype(team), VEC>(a, team, chunks);
   }();
   const Row& row = rows.row;
-  for (int64_t first = team.first; first < a.rows; first += team.step) {
+  using Index = RowIndex<WIDTHS>;
+  for (Index first = static_cast<Index>(team.first); first < static_cast<Index>(a.rows);
+       first += static_cast<Index>(team.step)) {
     rows.open(first);
-    const bool first_row = first == team.first;
+    const bool first_row = first == static_cast<Index>(team.first);
     const bool skip = !a.scale_dy && row.scale == 0.0f;
     const float rstd = rows.rstd();
     float xhat[HELD][8], dy[HELD][8];
-    const auto pass = [&](auto use) {
-      if constexpr (CHUNKS > 0) {
-#pragma unroll
-        for (int i = 0; i < CHUNKS; ++i)
-          use(i, team.template columns<VEC, RING ? CHUNKS : 0>(i, row.length));
-      } else {
-        for (int i = 0; i < chunks; ++i) {
-          if (a.dy.data != nullptr) load_xhat_dy<VEC>(a, rows, team.rank, team.size, i, xhat, dy);
-          use(0, Columns<VEC>(i, team.rank, team.size, row.length));
-        }
-      }
+    unsigned kept = 0;
+    const auto load = [&](int chunk) {
+      if (a.dropout.seed != nullptr && (DGAMMA || a.dx.data != nullptr) && !skip)
+        kept = kept_by<HELD, VEC>(a.dropout, row, a.C, team.rank, team.size, chunk);
+      if (a.dy.data != nullptr) load_xhat_dy<VEC>(a, rows, team.rank, team.size, chunk, xhat, dy);
     };
+    if constexpr (CHUNKS > 0) load(0);
+    const auto columns_of = [&](int chunk) {
+      return team.template columns<VEC, RING ? CHUNKS : 0>(chunk, row.length);
+    };
+    const auto pass = [&](auto use) { each_chunk<CHUNKS>(chunks, columns_of, load, use); };
 
     float sums[2] = {0.0f, 0.0f};  // of weight * dy and weight * dy * xhat
     if (a.dy.data != nullptr) {
-      if constexpr (CHUNKS > 0) load_xhat_dy<VEC>(a, rows, team.rank, team.size, 0, xhat, dy);
       pass([&](int i, const Columns<VEC>& columns) {
         float weight[8], products[8];
         parameter(0, columns, weight);
@@ -125,7 +121,7 @@ __global__ void __launch_bounds__(kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.threads
       });
       team.sum(sums);
     }
-    const float mean_wdy = sums[0] / C, mean_wdy_xhat = sums[1] / C;
+    const float mean_wdy = sums[0] * a.divisor.inverse, mean_wdy_xhat = sums[1] * a.divisor.inverse;
 
     pass([&](int i, const Columns<VEC>& columns) {
       float g[8];
@@ -145,21 +141,24 @@ __global__ void __launch_bounds__(kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.threads
         store(element(a.dresidual.data, row.index * a.C, a.dresidual.dtype), a.dresidual.dtype,
               columns, g);
       if (a.dx.data == nullptr && !DGAMMA) return;
-      float factor[8];
-      branch_factors(a.dropout, row, a.C, columns, factor);
+      drop(a.dropout, kept >> (8 * i), g);
       if constexpr (DGAMMA) {
         float x[8];
         to_floats(rows.template load<3>(i, columns), a.x.dtype, x);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) x[j] *= g[j] * factor[j];
+        for (int j = 0; j < 8; ++j) x[j] *= g[j] * row.scale;
         dgamma.add(i, columns, x, sums_of(2), first_row);
       }
       if (a.dx.data != nullptr) {
-        float gamma[8];
-        parameter(1, columns, gamma);
+        if (!a.scale_dy) {
+          float gamma[8];
+          parameter(1, columns, gamma);
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-          g[j] = skip ? 0.0f : a.scale_dy ? g[j] : g[j] * factor[j] * gamma[j];
+          for (int j = 0; j < 8; ++j) {
+            const float product = g[j] * (row.scale * gamma[j]);
+            g[j] = skip ? 0.0f : product;
+          }
+        }
         store(element(a.dx.data, row.index * a.C, a.dx.dtype), a.dx.dtype, columns, g);
       }
     });
@@ -170,7 +169,7 @@ __global__ void __launch_bounds__(kResidency<VEC, BLOCK, CHUNKS, DGAMMA>.threads
 
   if (a.partial == nullptr || CHUNKS == 0) return;
   if constexpr (RING && !BLOCK) __syncthreads();  // where rows were, which warps may still read
-  constexpr bool kWarpTeams = kLanes<TYPES, BLOCK, CHUNKS> == kWarp;
+  constexpr bool kWarpTeams = kLanes<WIDTHS, BLOCK, CHUNKS> == kWarp;
   if constexpr (DGAMMA)
     write_sums<BLOCK, kWarpTeams>(team, a.C, after_parameters, sums_of, dweight, dbias, dgamma);
   else

@@ -4,22 +4,27 @@
 // add_layer_norm_plan.h asks for, and registration.
 //
 // Algorithm: a row is worked on in registers, eight elements at a time; mean and variance are two
-//   passes over the registers, in fp32. The usual dtypes (Types) read rows by a ring: cp.async
+//   passes over the registers, in fp32. The usual dtypes (Widths) read rows by a ring: cp.async
 //   brings the next one or two of each thread to shared memory meanwhile, where the parameters are
 //   too. The backward's threads keep the sums over rows of dweight, dbias and dgamma for their
 //   columns, blocks write them, and finish_kernel, which starts while they do, adds them in a fixed
-//   order: no atomics. Dropout's mask is computed again.
+//   order: no atomics. Dropout's mask is computed again, a row's before the row is in registers.
 // Grid: persistent. 1..32 lanes a row up to C = 1024 (512 without 16-byte accesses), a block a row
 //   up to 8192 (4096); beyond, the block walks the row and reads it again in each pass.
 // Memory per block: ring and parameters, most of a multiprocessor's: add_layer_norm_plan.h.
 // Limits: any C, any alignment; 16-byte accesses where C % 8 == 0 and rows begin on 16-byte lines.
-// Floor: bytes per element with x, y, z in bf16 (fp32 residual) forward: x, residual in, z, y out,
-//   8 (12); backward: dy, dz, z in, dz out, 8 (14), with LayerScale also x in, dx out, 12 (18).
-//   ViT-B, B256 N197 C768 at 4.3 TB/s: 72, 72, 108 us. A row with row_scale 0 saves the 2 of x.
+// Floor: bytes per element with x, y, z in 16 bits (fp32 residual; y too) forward: x, residual in,
+//   z, y out, 8 (12; 14); backward: dy, dz, z in, dz out, 8 (14), with LayerScale also x in, dx
+//   out, 12 (18), with dropout alone dx out, 10 (16). ViT-B, B256 N197 C768 at 4.3 TB/s: 72, 72,
+//   108, 90 us. A row with row_scale 0 saves the 2 of x.
 //   The SASS reads and writes each piece of a row once (tests/test_cuda_build.py), beside 8 bytes
-//   of statistics; parameters once a block. Not measured. On sm_90, bf16, C = 768: 24 warps forward
-//   (8 backward, with LayerScale) have 74 KB (98) of later rows under way, of which 4.3 TB/s at
-//   0.8 us need 26; 607 (978) instructions a row are 32 us (52) of all issue slots at 1.8 GHz.
+//   of statistics; parameters once a block. Not measured. On sm_90, 16 bits, C = 768: 24 warps
+//   forward (8 backward, with LayerScale) have 74 KB (98) of later rows under way, of which 4.3
+//   TB/s at 0.8 us need 26; 562 (899) instructions of a warp a row are 30 us (48) of all issue
+//   slots at 1.8 GHz. Dropout is 45 instructions an element, 41 of them Philox, 17 of these
+//   products at half rate: 1641 a row forward (2037 backward), 87 us (108) of issue slots: more
+//   than the memory of 16-bit tensors takes (72, 90), less than that of an fp32 residual (108,
+//   144).
 #include <cmath>
 
 #include "add_layer_norm/add_layer_norm_backward.cuh"
@@ -36,29 +41,27 @@ namespace {
 using ForwardKernel = void (*)(ForwardArgs);
 using BackwardKernel = void (*)(BackwardArgs);
 
-template <Form FORM, Types TYPES>
-ForwardKernel forward_of_types(const Plan& p) {
+template <Form FORM, Widths WIDTHS>
+ForwardKernel forward_of_widths(const Plan& p) {
   if (p.block_per_row)
-    return p.chunks == 1 ? forward_kernel<FORM, TYPES, true, true, 1>
-                         : forward_kernel<FORM, TYPES, true, true, 2>;
-  return p.chunks == 1   ? forward_kernel<FORM, TYPES, true, false, 1>
-         : p.chunks == 2 ? forward_kernel<FORM, TYPES, true, false, 2>
-         : p.chunks == 3 ? forward_kernel<FORM, TYPES, true, false, 3>
-                         : forward_kernel<FORM, TYPES, true, false, 4>;
+    return p.chunks == 1 ? forward_kernel<FORM, WIDTHS, true, true, 1>
+                         : forward_kernel<FORM, WIDTHS, true, true, 2>;
+  return p.chunks == 1   ? forward_kernel<FORM, WIDTHS, true, false, 1>
+         : p.chunks == 2 ? forward_kernel<FORM, WIDTHS, true, false, 2>
+         : p.chunks == 3 ? forward_kernel<FORM, WIDTHS, true, false, 3>
+                         : forward_kernel<FORM, WIDTHS, true, false, 4>;
 }
 
 template <Form FORM>
-ForwardKernel forward_instance(const Plan& p, Types types) {
-  if (p.fixed_types) {
-    if (types == Types::kF32) return forward_of_types<FORM, Types::kF32>(p);
-    if (types == Types::kBF16) return forward_of_types<FORM, Types::kBF16>(p);
-    if (types == Types::kBF16Stream32) return forward_of_types<FORM, Types::kBF16Stream32>(p);
-    if constexpr (FORM == Form::kAddNorm) {
-      if (types == Types::kF16) return forward_of_types<FORM, Types::kF16>(p);
-      return forward_of_types<FORM, Types::kF16Stream32>(p);
-    }
+ForwardKernel forward_instance(const Plan& p, Widths widths) {
+  if (p.fixed_widths) {
+    if (widths == Widths::k32) return forward_of_widths<FORM, Widths::k32>(p);
+    if (widths == Widths::k16) return forward_of_widths<FORM, Widths::k16>(p);
+    if constexpr (FORM == Form::kAddNorm)
+      if (widths == Widths::k16Stream32) return forward_of_widths<FORM, Widths::k16Stream32>(p);
+    return forward_of_widths<FORM, Widths::k16StreamY32>(p);
   }
-  constexpr Types kAny = Types::kAny;
+  constexpr Widths kAny = Widths::kAny;
   if (p.vectorized)
     return p.chunks == 0     ? forward_kernel<FORM, kAny, true, true, 0>
            : p.block_per_row ? forward_kernel<FORM, kAny, true, true, 4>
@@ -68,28 +71,29 @@ ForwardKernel forward_instance(const Plan& p, Types types) {
                            : forward_kernel<FORM, kAny, false, false, 2>;
 }
 
-template <bool DGAMMA, Types TYPES>
-BackwardKernel backward_of_types(const Plan& p) {
+template <bool DGAMMA, Widths WIDTHS>
+BackwardKernel backward_of_widths(const Plan& p) {
   if (p.block_per_row)
-    return p.chunks == 1 ? backward_kernel<TYPES, true, true, 1, DGAMMA>
-                         : backward_kernel<TYPES, true, true, 2, DGAMMA>;
-  return p.chunks == 1   ? backward_kernel<TYPES, true, false, 1, DGAMMA>
-         : p.chunks == 2 ? backward_kernel<TYPES, true, false, 2, DGAMMA>
-         : p.chunks == 3 ? backward_kernel<TYPES, true, false, 3, DGAMMA>
-                         : backward_kernel<TYPES, true, false, 4, DGAMMA>;
+    return p.chunks == 1 ? backward_kernel<WIDTHS, true, true, 1, DGAMMA>
+                         : backward_kernel<WIDTHS, true, true, 2, DGAMMA>;
+  return p.chunks == 1   ? backward_kernel<WIDTHS, true, false, 1, DGAMMA>
+         : p.chunks == 2 ? backward_kernel<WIDTHS, true, false, 2, DGAMMA>
+         : p.chunks == 3 ? backward_kernel<WIDTHS, true, false, 3, DGAMMA>
+                         : backward_kernel<WIDTHS, true, false, 4, DGAMMA>;
 }
 
 template <bool DGAMMA>
-BackwardKernel backward_instance(const Plan& p, Types types) {
-  if (p.fixed_types) {
-    if (types == Types::kF32) return backward_of_types<DGAMMA, Types::kF32>(p);
-    if (types == Types::kBF16) return backward_of_types<DGAMMA, Types::kBF16>(p);
-    if constexpr (!DGAMMA)
-      if (types == Types::kBF16Gradient32)
-        return backward_of_types<false, Types::kBF16Gradient32>(p);
-    return backward_of_types<DGAMMA, Types::kBF16Stream32>(p);
+BackwardKernel backward_instance(const Plan& p, Widths widths) {
+  if (p.fixed_widths) {
+    if (widths == Widths::k32) return backward_of_widths<DGAMMA, Widths::k32>(p);
+    if (widths == Widths::k16) return backward_of_widths<DGAMMA, Widths::k16>(p);
+    if constexpr (!DGAMMA) {
+      if (widths == Widths::k16Y32) return backward_of_widths<false, Widths::k16Y32>(p);
+      if (widths == Widths::k16StreamY32) return backward_of_widths<false, Widths::k16StreamY32>(p);
+    }
+    return backward_of_widths<DGAMMA, Widths::k16Stream32>(p);
   }
-  constexpr Types kAny = Types::kAny;
+  constexpr Widths kAny = Widths::kAny;
   if (p.vectorized)
     return p.chunks == 0     ? backward_kernel<kAny, true, true, 0, DGAMMA>
            : p.block_per_row ? backward_kernel<kAny, true, true, 4, DGAMMA>
@@ -112,35 +116,30 @@ bool same_types(const BackwardArgs& a, const BackwardArgs& b) {
          same_type(a.x, b.x) && same_type(a.dx, b.dx) && same_type(a.dresidual, b.dresidual);
 }
 
-// The first of `candidates` that all operands of a call agree with, or kAny.
-template <class Args, class Set>
-Types types_of(const Args& a, std::initializer_list<Types> candidates, Set set) {
-  if (a.dropout.seed != nullptr) return Types::kAny;
-  for (Types t : candidates) {
-    Args typed = a;
-    set(typed, branch_type(t), stream_type(t));
-    if (same_types(a, typed)) return t;
-  }
-  return Types::kAny;
+// The first of `candidates` that all operands of a call agree with, whose types are then set; or
+// kAny.
+template <class Args>
+Widths widths_of(Args& a, std::initializer_list<Widths> candidates) {
+  for (Widths widths : candidates)
+    for (DType narrow : {DType::kBF16, DType::kF16}) {
+      Args typed = a;
+      set_types(typed, widths, narrow);
+      if (!same_types(a, typed)) continue;
+      a = typed;
+      return widths;
+    }
+  return Widths::kAny;
 }
 
-template <Form FORM>
-Types forward_types(const ForwardArgs& a) {
-  if (FORM == Form::kNormAdd)
-    return types_of(a, {Types::kF32, Types::kBF16, Types::kBF16Stream32}, set_types<FORM>);
-  return types_of(
-      a, {Types::kF32, Types::kBF16, Types::kBF16Stream32, Types::kF16, Types::kF16Stream32},
-      set_types<FORM>);
+// Those that forward_instance and backward_instance know.
+Widths forward_widths(Form form, ForwardArgs& a) {
+  if (form == Form::kNormAdd) return widths_of(a, {Widths::k32, Widths::k16, Widths::k16StreamY32});
+  return widths_of(a, {Widths::k32, Widths::k16, Widths::k16Stream32, Widths::k16StreamY32});
 }
-
-Types backward_types(const BackwardArgs& a) {
-  const auto of = [&](std::initializer_list<Types> candidates) {
-    return types_of(a, candidates, [](BackwardArgs& b, DType branch, DType stream) {
-      set_types(b, branch, stream);
-    });
-  };
-  const Types types = of({Types::kF32, Types::kBF16, Types::kBF16Stream32});
-  return types == Types::kAny && a.x.data == nullptr ? of({Types::kBF16Gradient32}) : types;
+Widths backward_widths(bool dgamma, BackwardArgs& a) {
+  if (dgamma) return widths_of(a, {Widths::k32, Widths::k16, Widths::k16Stream32});
+  return widths_of(
+      a, {Widths::k32, Widths::k16, Widths::k16Stream32, Widths::k16StreamY32, Widths::k16Y32});
 }
 
 // ---- Launchers
@@ -238,9 +237,9 @@ std::vector<int64_t> without_last(std::vector<int64_t> shape) {
   return shape;
 }
 
-add_layer_norm::Setting setting(const Device& device, Types types) {
-  return {device.multiprocessors(), device.architecture(), pieces_of(branch_type(types)),
-          pieces_of(stream_type(types))};
+add_layer_norm::Setting setting(const Device& device, Widths widths) {
+  return {device.multiprocessors(), device.architecture(), branch_pieces(widths),
+          stream_pieces(widths), y_pieces(widths)};
 }
 
 template <class Args>
@@ -257,12 +256,13 @@ void launch_forward(const Device& device, Operands& operands, ForwardArgs& a) {
   a.rows = operands.rows();
   a.rows_per_sample = operands.rows_per_sample();
   a.C = operands.C();
-  const Types types = forward_types<FORM>(a);
-  const Plan p = add_layer_norm::plan(a.rows, a.C, operands.aligned(), types != Types::kAny,
-                                      Pass::kForward, setting(device, types));
+  a.divisor = Divisor(a.C);
+  const Widths widths = forward_widths(FORM, a);
+  const Plan p = add_layer_norm::plan(a.rows, a.C, operands.aligned(), widths != Widths::kAny,
+                                      Pass::kForward, setting(device, widths));
   set_plan(a, p);
   if (a.rows > 0)
-    device.launch(forward_instance<FORM>(p, types), dim3(static_cast<unsigned>(p.blocks)),
+    device.launch(forward_instance<FORM>(p, widths), dim3(static_cast<unsigned>(p.blocks)),
                   dim3(p.threads), p.shared_bytes, a);
 }
 
@@ -272,10 +272,11 @@ void launch_backward(Device& device, Operands& operands, BackwardArgs& a, const 
   a.rows = operands.rows();
   a.rows_per_sample = operands.rows_per_sample();
   a.C = operands.C();
-  const Types types = backward_types(a);
-  const Plan p =
-      add_layer_norm::plan(a.rows, a.C, operands.aligned(), types != Types::kAny,
-                           backward_pass(gradients[2].has_value()), setting(device, types));
+  a.divisor = Divisor(a.C);
+  const bool dgamma = gradients[2].has_value();
+  const Widths widths = backward_widths(dgamma, a);
+  const Plan p = add_layer_norm::plan(a.rows, a.C, operands.aligned(), widths != Widths::kAny,
+                                      backward_pass(dgamma), setting(device, widths));
   set_plan(a, p);
   OptTensor scratch;
   FinishArgs finish{};
@@ -294,8 +295,8 @@ void launch_backward(Device& device, Operands& operands, BackwardArgs& a, const 
     finish.stride = p.blocks * a.C;
     finish.columns = a.C;
   }
-  const BackwardKernel kernel = gradients[2].has_value() ? backward_instance<true>(p, types)
-                                                         : backward_instance<false>(p, types);
+  const BackwardKernel kernel =
+      dgamma ? backward_instance<true>(p, widths) : backward_instance<false>(p, widths);
   const dim3 grid(static_cast<unsigned>(p.blocks)), block(p.threads);
   const dim3 finish_grid((static_cast<unsigned>(a.C) + kWarp - 1) / kWarp, 3),
       finish_block(kWarp, kFinishRows);

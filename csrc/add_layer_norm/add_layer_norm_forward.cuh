@@ -13,6 +13,9 @@ VK_DEVICE void load_z(const ForwardArgs& a, const Rows& rows, const LoadParamete
                       int rank, int size, int first, float (&z)[N][8], Raw8 (&other)[N]) {
   const Row& row = rows.row;
   const bool skip = FORM == Form::kAddNorm && row.scale == 0.0f;  // a dropped branch is not read
+  unsigned kept = 0;
+  if (a.dropout.seed != nullptr && !skip)
+    kept = kept_by<N, VEC>(a.dropout, row, a.C, rank, size, first);
   [[maybe_unused]] Raw8 x[N];
   const auto load = [&](int i) {
     const Columns<VEC> columns(first + i, rank, size, row.length);
@@ -32,32 +35,30 @@ VK_DEVICE void load_z(const ForwardArgs& a, const Rows& rows, const LoadParamete
     to_floats(other[i], a.residual.dtype, residual);
     if (!skip) {
       const Columns<VEC> columns(first + i, rank, size, row.length);
-      float factor[8], gamma[8];
-      branch_factors(a.dropout, row, a.C, columns, factor);
+      float gamma[8];
       parameter(2, columns, gamma);
+      drop(a.dropout, kept >> (8 * i), z[i]);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) residual[j] += factor[j] * gamma[j] * z[i][j];
+      for (int j = 0; j < 8; ++j) residual[j] += row.scale * gamma[j] * z[i][j];
     }
     // As new_residual stores it: the backward reads the rounded sum, and mean must belong to it.
     to_floats(to_raw(residual, a.residual.dtype), a.residual.dtype, z[i]);
   }
 }
 
-template <Form FORM, Types TYPES, bool VEC, bool BLOCK, int CHUNKS>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks<TYPES, BLOCK, CHUNKS>)
+template <Form FORM, Widths WIDTHS, bool VEC, bool BLOCK, int CHUNKS>
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<WIDTHS, BLOCK, CHUNKS>)
     forward_kernel(const __grid_constant__ ForwardArgs arguments) {
   check_launch_bounds<kThreads>();
-  constexpr bool RING = TYPES != Types::kAny;
+  constexpr bool RING = WIDTHS != Widths::kAny;
   ForwardArgs a = arguments;
-  if constexpr (RING) set_types<FORM>(a, branch_type(TYPES), stream_type(TYPES));
-  if constexpr (RING || FORM == Form::kNormAdd) a.dropout.seed = nullptr;
-  if constexpr (FORM == Form::kNormAdd) a.z.data = nullptr;
+  fix_types<WIDTHS>(a);
+  if constexpr (FORM == Form::kNormAdd) a.dropout.seed = nullptr, a.z.data = nullptr;
   constexpr int HELD = CHUNKS == 0 ? 1 : CHUNKS;
   VK_SHARED(float, partial, [2 * 2 * kWarp]);
   VK_DYNAMIC_SHARED(float, dynamic);
-  Team<BLOCK, kLanes<TYPES, BLOCK, CHUNKS>> team(a.lanes, partial);
+  Team<BLOCK, kLanes<WIDTHS, BLOCK, CHUNKS>> team(a.lanes, partial);
   const int chunks = CHUNKS == 0 ? (a.C + 8 * team.size - 1) / (8 * team.size) : CHUNKS;
-  const float C = static_cast<float>(a.C);
 
   const SharedParameters shared(dynamic, team.size * chunks * 8);
   if constexpr (RING) {
@@ -79,33 +80,28 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<TYPES, BLOCK, CHUNKS>
   auto rows = [&] {
     using Reads = ForwardReads<FORM>;
     if constexpr (RING)
-      return RingRows<Reads, TYPES, decltype(team), CHUNKS>(
+      return RingRows<Reads, WIDTHS, decltype(team), CHUNKS>(
           a, team, reinterpret_cast<char*>(dynamic + kForwardParameters * shared.padded()));
     else
       return DirectRows<Reads, decltype(team), VEC>(a, team, chunks);
   }();
   const Row& row = rows.row;
-  for (int64_t first = team.first; first < a.rows; first += team.step) {
+  using Index = RowIndex<WIDTHS>;
+  for (Index first = static_cast<Index>(team.first); first < static_cast<Index>(a.rows);
+       first += static_cast<Index>(team.step)) {
     rows.open(first);
     float z[HELD][8];
     Raw8 other[HELD];
-    if constexpr (CHUNKS > 0)
-      load_z<FORM, VEC>(a, rows, parameter, team.rank, team.size, 0, z, other);
-    // Calls use(i, columns) for each chunk, whose z is z[i].
-    const auto pass = [&](auto use) {
-      if constexpr (CHUNKS > 0) {
-#pragma unroll
-        for (int i = 0; i < CHUNKS; ++i)
-          use(i, team.template columns<VEC, RING ? CHUNKS : 0>(i, row.length));
-      } else {
-        for (int i = 0; i < chunks; ++i) {
-          load_z<FORM, VEC>(a, rows, parameter, team.rank, team.size, i, z, other);
-          use(0, Columns<VEC>(i, team.rank, team.size, row.length));
-        }
-      }
+    const auto load = [&](int chunk) {
+      load_z<FORM, VEC>(a, rows, parameter, team.rank, team.size, chunk, z, other);
     };
+    if constexpr (CHUNKS > 0) load(0);
+    const auto columns_of = [&](int chunk) {
+      return team.template columns<VEC, RING ? CHUNKS : 0>(chunk, row.length);
+    };
+    const auto pass = [&](auto use) { each_chunk<CHUNKS>(chunks, columns_of, load, use); };
 
-    const Statistics of_row = statistics<VEC>(team, z, C, a.eps, pass);
+    const Statistics of_row = statistics<VEC>(team, z, a.divisor, a.eps, pass);
     const float mean = of_row.mean, rstd = of_row.rstd;
     if (team.rank == 0 && row.length > 0) {
       a.mean[row.index] = mean;

@@ -13,15 +13,16 @@ constexpr int kMostSlots = 3;
 
 enum class Pass { kForward, kBackward, kBackwardGamma };  // the last also sums gamma's gradient
 
-// The device, and the 16-byte pieces of eight elements of branch and stream (2 in fp32, else 1).
+// The device, and the 16-byte pieces of eight elements of x, of the residual stream, and of y and
+// its gradient (2 in fp32, else 1).
 struct Setting {
   int multiprocessors, architecture;
-  int branch_pieces, stream_pieces;
+  int branch_pieces, stream_pieces, y_pieces;
 };
 
 // A thread holds `chunks` x 8 elements of a row; 0: it walks the row and reads it in every pass.
 struct Plan {
-  bool fixed_types;    // an instance for one combination of dtypes, which reads rows by a ring
+  bool fixed_widths;   // an instance for one combination of widths, which reads rows by a ring
   bool vectorized;     // 16-byte accesses
   bool block_per_row;  // else `lanes` lanes per row, 32 / lanes rows per warp
   int chunks, lanes, threads;
@@ -65,9 +66,9 @@ inline bool plan_ring(Plan& p, Pass pass, const Setting& s) {
   const int64_t parameters = (forward ? kForwardParameters : kBackwardParameters) *
                              static_cast<int64_t>(sizeof(float)) * lanes * 8 * p.chunks;
   const int pieces =
-      p.chunks *
-      (forward ? s.branch_pieces + s.stream_pieces
-               : 2 * s.stream_pieces + (pass == Pass::kBackwardGamma ? 2 : 1) * s.branch_pieces);
+      p.chunks * (forward ? s.branch_pieces + s.stream_pieces  // x, residual; z, dz, dy (and x)
+                          : 2 * s.stream_pieces + s.y_pieces +
+                                (pass == Pass::kBackwardGamma ? s.branch_pieces : 0));
   const int64_t row = 16 * pieces + (forward ? 4 : 12);  // of a thread: row_ring_bytes
   const int64_t all = shared_of(s.architecture);
   const Residency r = residency(true, p.block_per_row, p.chunks, pass, s.stream_pieces);
@@ -85,33 +86,34 @@ inline bool plan_ring(Plan& p, Pass pass, const Setting& s) {
   return true;
 }
 
-// aligned: every row of every operand begins on a 16-byte line. common_types: the dtypes are one of
-// the combinations that have instances of their own (Types).
-inline Plan plan(int64_t rows, int64_t C, bool aligned, bool common_types, Pass pass,
+// aligned: every row of every operand begins on a 16-byte line. common_widths: the dtypes are one
+// of the combinations that have instances of their own (Widths).
+inline Plan plan(int64_t rows, int64_t C, bool aligned, bool common_widths, Pass pass,
                  const Setting& s) {
   Plan p{};
   const int64_t eights = (C + 7) / 8;
   p.vectorized = aligned && C % 8 == 0;
-  p.fixed_types = p.vectorized && common_types && eights <= kThreads * 2;
-  // Instances exist for 1, 2, 3 and 4 chunks to a warp and 1 and 2 to a block where types are
+  p.fixed_widths =
+      p.vectorized && common_widths && eights <= kThreads * 2 && rows <= INT32_MAX;  // RowIndex
+  // Instances exist for 1, 2, 3 and 4 chunks to a warp and 1 and 2 to a block where widths are
   // fixed; else for 4 and 4, or without 16-byte accesses (more registers go to addresses) 2 and 2.
   const int most = p.vectorized ? 4 : 2;
   if (eights <= 32 * most) {
-    const int least = p.fixed_types ? 1 : most;
+    const int least = p.fixed_widths ? 1 : most;
     p.lanes = 1;
     while (p.lanes < 32 && p.lanes * least < eights) p.lanes *= 2;
-    p.chunks = p.fixed_types ? static_cast<int>((eights + p.lanes - 1) / p.lanes) : most;
+    p.chunks = p.fixed_widths ? static_cast<int>((eights + p.lanes - 1) / p.lanes) : most;
     p.threads = kThreads;
     if (pass != Pass::kForward) p.threads = residency(p.vectorized, false, p.chunks, pass).threads;
   } else {
     p.block_per_row = true;
-    p.chunks = p.fixed_types ? (eights <= kThreads ? 1 : 2) : eights <= kThreads * most ? most : 0;
+    p.chunks = p.fixed_widths ? (eights <= kThreads ? 1 : 2) : eights <= kThreads * most ? most : 0;
     const int64_t threads = p.chunks == 0 ? kThreads : (eights + p.chunks - 1) / p.chunks;
     p.threads = static_cast<int>((threads + 31) / 32 * 32);
   }
   // Blocks of a multiprocessor. The forward without a ring only bounds its grid; the backward keeps
   // sums of all its rows: few blocks that stay.
-  if (p.fixed_types) {
+  if (p.fixed_widths) {
     if (!plan_ring(p, pass, s)) return plan(rows, C, aligned, false, pass, s);
   } else if (pass == Pass::kForward) {
     p.blocks = 64;

@@ -1,12 +1,13 @@
 // What the kernels of add_layer_norm share besides common/layer_norm_rows.cuh: arguments, dtypes,
-// and where rows come from. add_layer_norm_cuda.cu has the map.
+// dropout, and where rows come from. add_layer_norm_cuda.cu has the map.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "add_layer_norm/add_layer_norm_plan.h"
+#include "add_layer_norm/row_ring.cuh"
 #include "common/layer_norm_rows.cuh"
-#include "common/row_ring.cuh"
 
 namespace vitkernels {
 namespace {
@@ -36,10 +37,12 @@ struct ForwardArgs {
   const float* row_scale;
   Dropout dropout;
   Output y, z;
+  DType narrow;  // of all 16-bit operands, where Widths say which those are
   float *mean, *rstd;
   int64_t rows, rows_per_sample;
   int64_t step_samples, step_rest;  // from a team's row to its next: whole samples, rows more
   int C, lanes, slots;
+  Divisor divisor{1};  // C
   float eps;
 };
 
@@ -51,45 +54,52 @@ struct BackwardArgs {
   bool scale_dy;  // row_scale belongs to dy (layer_norm_add), not to the branch
   Dropout dropout;
   Output dx, dresidual;
+  DType narrow;    // of all 16-bit operands, where Widths say which those are
   float* partial;  // (dweight, dbias, dgamma) x blocks x C; null: none wanted
   int64_t rows, rows_per_sample;
   int64_t step_samples, step_rest;  // from a team's row to its next: whole samples, rows more
   int C, lanes, slots;
+  Divisor divisor{1};  // C
 };
 
-// ---- Dtypes fixed at compile time
+// ---- Widths fixed at compile time
 
-// The combinations that models use, without dropout: all operands alike, or a 16-bit branch on an
-// fp32 residual stream (autocast); fp16 where it is usual, in add_layer_norm's forward; bf16 with
-// gradients in fp32, in layer_norm_add's backward on such a stream. kAny reads dtypes from the
-// arguments, at three times the instructions.
-enum class Types { kAny, kF32, kBF16, kBF16Stream32, kF16, kF16Stream32, kBF16Gradient32 };
+// The combinations that models use: all operands alike, or a 16-bit branch on an fp32 residual
+// stream (autocast), with y in 16 bits (pre-norm) or fp32 (post-norm and layer_norm_add, whose
+// backward k16Y32 is: there z is the branch). Which of the two 16-bit formats it is, is asked for
+// every eight elements. kAny asks for each operand's width too, and has three times the
+// instructions.
+enum class Widths { kAny, k32, k16, k16Stream32, k16StreamY32, k16Y32 };
 
-constexpr DType branch_type(Types t) {
-  return t == Types::kF32 || t == Types::kBF16Gradient32  ? DType::kF32
-         : t == Types::kBF16 || t == Types::kBF16Stream32 ? DType::kBF16
-                                                          : DType::kF16;
+// 16-byte pieces of eight elements: of x, dx; of residual, z and their gradients; of y, dy.
+constexpr int branch_pieces(Widths w) { return w == Widths::k32 ? 2 : 1; }
+constexpr int stream_pieces(Widths w) {
+  return w == Widths::k32 || w == Widths::k16Stream32 || w == Widths::k16StreamY32 ? 2 : 1;
 }
-constexpr DType stream_type(Types t) {
-  return t == Types::kBF16Gradient32             ? DType::kBF16
-         : t == Types::kBF16 || t == Types::kF16 ? branch_type(t)
-                                                 : DType::kF32;
+constexpr int y_pieces(Widths w) {
+  return w == Widths::k32 || w == Widths::k16StreamY32 || w == Widths::k16Y32 ? 2 : 1;
 }
 
-// 16-byte pieces of eight elements.
-constexpr int pieces_of(DType t) { return t == DType::kF32 ? 2 : 1; }
+VK_BOTH DType type_of(int pieces, DType narrow) { return pieces == 2 ? DType::kF32 : narrow; }
 
-// Which operands belong to the branch and which to the stream.
-template <Form FORM>
-__host__ __device__ __forceinline__ void set_types(ForwardArgs& a, DType branch, DType stream) {
-  a.x.dtype = branch;
-  a.residual.dtype = a.z.dtype = stream;
-  a.y.dtype = FORM == Form::kAddNorm ? branch : stream;
+VK_BOTH void set_types(ForwardArgs& a, Widths w, DType narrow) {
+  a.x.dtype = type_of(branch_pieces(w), narrow);
+  a.residual.dtype = a.z.dtype = type_of(stream_pieces(w), narrow);
+  a.y.dtype = type_of(y_pieces(w), narrow);
+  a.narrow = narrow;
 }
-__host__ __device__ __forceinline__ void set_types(BackwardArgs& a, DType branch, DType stream) {
-  a.dy.dtype = a.x.dtype = branch;
-  a.z.dtype = a.dz.dtype = a.dresidual.dtype = stream;
-  a.dx.dtype = pieces_of(branch) > pieces_of(stream) ? stream : branch;  // kBF16Gradient32
+VK_BOTH void set_types(BackwardArgs& a, Widths w, DType narrow) {
+  a.x.dtype = a.dx.dtype = type_of(branch_pieces(w), narrow);
+  a.z.dtype = a.dz.dtype = a.dresidual.dtype = type_of(stream_pieces(w), narrow);
+  a.dy.dtype = type_of(y_pieces(w), narrow);
+  a.narrow = narrow;
+}
+
+// The same once more in a kernel, where it tells the compiler what is known of the arguments.
+template <Widths WIDTHS, class Args>
+VK_DEVICE void fix_types(Args& a) {
+  if constexpr (WIDTHS != Widths::kAny)
+    set_types(a, WIDTHS, a.narrow == DType::kBF16 ? DType::kBF16 : DType::kF16);
 }
 
 // ---- What both directions share
@@ -102,6 +112,10 @@ VK_DEVICE float scale_of(const Args& a, int64_t row) {
                                   : a.row_scale[divide(row, a.rows_per_sample)];
 }
 
+// Rows of the instances with fixed widths are fewer than 2^31 (plan): shorter sums and comparisons.
+template <Widths WIDTHS>
+using RowIndex = std::conditional_t<WIDTHS == Widths::kAny, int64_t, uint32_t>;
+
 // One row of the team. A team past the last row goes on with a row of length 0, so that its warp
 // stays together.
 struct Row {
@@ -109,9 +123,11 @@ struct Row {
   int length;
   float scale;  // row_scale of its sample
 
-  template <class Args>
-  VK_DEVICE Row(const Args& a, int64_t row, float scale)
-      : index(row < a.rows ? row : 0), length(row < a.rows ? a.C : 0), scale(scale) {}
+  template <class Args, class Index>
+  VK_DEVICE Row(const Args& a, Index row, float scale)
+      : index(row < static_cast<Index>(a.rows) ? row : 0),
+        length(row < static_cast<Index>(a.rows) ? a.C : 0),
+        scale(scale) {}
 };
 
 template <bool VEC>
@@ -120,32 +136,49 @@ VK_DEVICE Raw8 load_row(const RowsView& rows, const Row& row, const Columns<VEC>
 }
 
 // In the warp's instances of several chunks a row has the whole warp.
-template <Types TYPES, bool BLOCK, int CHUNKS>
-constexpr int kLanes = TYPES != Types::kAny && !BLOCK && CHUNKS > 1 ? kWarp : 0;
+template <Widths WIDTHS, bool BLOCK, int CHUNKS>
+constexpr int kLanes = WIDTHS != Widths::kAny && !BLOCK && CHUNKS > 1 ? kWarp : 0;
 
-template <Types TYPES, bool BLOCK, int CHUNKS>
+template <Widths WIDTHS, bool BLOCK, int CHUNKS>
 constexpr int kForwardBlocks =
-    TYPES == Types::kAny ? 1
-                         : add_layer_norm::residency(true, BLOCK, CHUNKS, Pass::kForward,
-                                                     pieces_of(stream_type(TYPES)))
-                               .blocks;
+    WIDTHS == Widths::kAny
+        ? 1
+        : add_layer_norm::residency(true, BLOCK, CHUNKS, Pass::kForward, stream_pieces(WIDTHS))
+              .blocks;
 
-// What the branch is multiplied with, gamma apart: row_scale[b] * keep / (1 - p).
-template <bool VEC>
-VK_DEVICE void branch_factors(const Dropout& dropout, const Row& row, int64_t C,
-                              const Columns<VEC>& columns, float (&f)[8]) {
-#pragma unroll
-  for (int j = 0; j < 8; ++j) f[j] = row.scale;
-  if (dropout.seed == nullptr) return;
-  unsigned keep = 0;
+// ---- Dropout
+
+// Which of a thread's elements dropout keeps: bit 8 i + j speaks of element j of chunk first + i.
+// Called while no element of the row is held: four calls of Philox at a time share its keys and
+// hide its latency.
+template <int N, bool VEC>
+VK_DEVICE unsigned kept_by(const Dropout& dropout, const Row& row, int64_t C, int rank, int size,
+                           int first) {
+  static_assert(N <= 4);
   const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
   const uint64_t index = static_cast<uint64_t>(row.index * C);
-#pragma unroll 2
-  for (int j = 0; j < 8; ++j)  // not unrolled in full: ten rounds are a hundred instructions
-    keep |= static_cast<unsigned>(keeps(dropout, seed, index + static_cast<uint64_t>(columns[j])))
-            << j;
+  const uint32_t least = static_cast<uint32_t>(dropout.threshold);
+  unsigned kept = 0;
+#pragma unroll 1
+  for (int half = 0; half < 2 * N; ++half) {
+    const Columns<VEC> columns(first + half / 2, rank, size, row.length);
+    const auto at = [&](int j) { return index + static_cast<uint64_t>(columns[half % 2 * 4 + j]); };
+    unsigned bits = 0;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) f[j] = keep >> j & 1 ? f[j] * dropout.scale : 0.0f;
+    for (int j = 0; j < 4; ++j) {  // with VEC the indices differ in their last two bits only
+      const uint64_t at_j = VEC ? at(0) | static_cast<uint64_t>(j) : at(j);
+      bits |= philox_word<true>(seed, at_j) >= least ? 1u << j : 0u;
+    }
+    kept |= bits << (4 * half);
+  }
+  return dropout.threshold >> 32 == 0 ? kept : 0;  // beyond any word: p rounds to 1
+}
+
+// Eight elements of the branch, or of its gradient.
+VK_DEVICE void drop(const Dropout& dropout, unsigned kept, float (&v)[8]) {
+  if (dropout.seed == nullptr) return;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) v[j] *= kept >> j & 1 ? dropout.scale : 0.0f;
 }
 
 // ---- What a direction reads of a row, in the order of its places in the ring
@@ -166,7 +199,9 @@ struct ForwardReads {  // x, residual
   static VK_DEVICE bool wanted(const Args&, float scale) {
     return S != 0 || FORM == Form::kNormAdd || scale != 0.0f;
   }
-  static constexpr bool of_branch(int s) { return s == 0; }
+  static constexpr int pieces(int s, Widths w) {
+    return s == 0 ? branch_pieces(w) : stream_pieces(w);
+  }
 };
 
 template <bool DGAMMA>
@@ -187,7 +222,9 @@ struct BackwardReads {  // z, dz, dy and x
   static VK_DEVICE bool wanted(const Args& a, float scale) {
     return scale != 0.0f || (S == 2 ? !a.scale_dy : S == 3 ? a.scale_dy : true);
   }
-  static constexpr bool of_branch(int s) { return s >= 2; }
+  static constexpr int pieces(int s, Widths w) {
+    return s < 2 ? stream_pieces(w) : s == 2 ? y_pieces(w) : branch_pieces(w);
+  }
 };
 
 // ---- Where rows come from
@@ -245,40 +282,39 @@ class DirectRows {
   int chunks_;
 };
 
-// The ring of common/row_ring.cuh: rows of CHUNKS chunks, types known, 16-byte accesses.
-template <class Reads, Types TYPES, class Team, int CHUNKS>
+// The ring of row_ring.cuh: rows of CHUNKS chunks, widths known, 16-byte accesses.
+template <class Reads, Widths WIDTHS, class Team, int CHUNKS>
 class RingRows {
   // Pieces of eight elements of operand s, and the first piece of its first chunk.
-  static constexpr int width(int s) {
-    return pieces_of(Reads::of_branch(s) ? branch_type(TYPES) : stream_type(TYPES));
-  }
+  static constexpr int width(int s) { return Reads::pieces(s, WIDTHS); }
   static constexpr int place(int s) { return s == 0 ? 0 : place(s - 1) + CHUNKS * width(s - 1); }
 
  public:
   using Args = typename Reads::Args;
+  using Index = RowIndex<WIDTHS>;
   static constexpr bool kAtHand = true;
 
   VK_DEVICE RingRows(const Args& a, const Team& team, char* shared)
-      : row(a, a.rows, 0.0f),
+      : row(a, static_cast<Index>(a.rows), 0.0f),
         a_(a),
         team_(team),
         ring_(shared, a.slots),
-        ahead_(team.first + team.offset) {
+        ahead_(static_cast<Index>(team.first + team.offset)) {
     if (a.row_scale != nullptr) {
-      sample_ = divide(ahead_, a.rows_per_sample);
-      rest_ = ahead_ - sample_ * a.rows_per_sample;
+      sample_ = ahead_ / static_cast<Index>(a.rows_per_sample);
+      rest_ = ahead_ % static_cast<Index>(a.rows_per_sample);
     }
     ahead_scale_ = scale_ahead();
 #pragma unroll 1
-    for (int i = 1; i < a.slots; ++i) begin();
+    for (int i = 1; i < a.slots; ++i) begin(), ring_.ended();
   }
 
   Row row;
 
-  VK_DEVICE void open(int64_t first) {
+  VK_DEVICE void open(Index first) {
     begin();
     ring_.wait();
-    row = Row(a_, first + team_.offset, ring_.word(0));
+    row = Row(a_, first + static_cast<Index>(team_.offset), ring_.word(0));
   }
   VK_DEVICE void close() { ring_.ended(); }
   VK_DEVICE void end() { wait_copies<0>(); }
@@ -326,23 +362,25 @@ class RingRows {
       ring_.begin_word(2, a_.rstd + next.index, next.length > 0);
     }
     ring_.begun();
-    ahead_ += team_.step;
+    ahead_ += static_cast<Index>(team_.step);
     if (a_.row_scale != nullptr) {  // a sum is shorter than a division
-      sample_ += a_.step_samples;
-      rest_ += a_.step_rest;
-      if (rest_ >= a_.rows_per_sample) rest_ -= a_.rows_per_sample, ++sample_;
+      const Index rows_per_sample = static_cast<Index>(a_.rows_per_sample);
+      sample_ += static_cast<Index>(a_.step_samples);
+      rest_ += static_cast<Index>(a_.step_rest);
+      if (rest_ >= rows_per_sample) rest_ -= rows_per_sample, ++sample_;
     }
     ahead_scale_ = scale_ahead();  // long before it says what is read of that row
   }
   VK_DEVICE float scale_ahead() const {
-    return ahead_ >= a_.rows ? 0.0f : a_.row_scale == nullptr ? 1.0f : a_.row_scale[sample_];
+    if (ahead_ >= static_cast<Index>(a_.rows)) return 0.0f;
+    return a_.row_scale == nullptr ? 1.0f : a_.row_scale[sample_];
   }
 
   const Args& a_;
   const Team& team_;
   RowRing<place(Reads::kCount), Reads::kStatistics ? 3 : 1> ring_;
-  int64_t ahead_;  // the row that is begun next, its sample and its place there
-  int64_t sample_ = 0, rest_ = 0;
+  Index ahead_;  // the row that is begun next, its sample and its place there
+  Index sample_ = 0, rest_ = 0;
   float ahead_scale_;
 };
 

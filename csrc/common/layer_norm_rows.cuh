@@ -51,11 +51,35 @@ struct Team {
     if constexpr (BLOCK) {
       sum_over_block(v, partial + turn * 2 * kWarp);
       turn ^= 1;
-    } else {
-      sum_over_lanes(v, LANES == 0 ? size : LANES);
+    } else if constexpr (LANES > 0) {
+      sum_over_lanes(v, LANES);
+    } else {  // of any size: every step is taken, a branch around it would cost more
+#pragma unroll
+      for (int offset = kWarp / 2; offset > 0; offset /= 2)
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+          const float other = __shfl_xor_sync(kAllLanes, v[n], offset);
+          if (offset < size) v[n] += other;
+        }
     }
   }
 };
+
+// Calls use(place, columns) for each chunk of a row. Where a thread holds all CHUNKS of them a
+// chunk has its place; with 0 each of the `chunks` is loaded again, by load(chunk), to place 0.
+template <int CHUNKS, class ColumnsOf, class Load, class Use>
+VK_DEVICE void each_chunk(int chunks, const ColumnsOf& columns_of, const Load& load,
+                          const Use& use) {
+  if constexpr (CHUNKS > 0) {
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) use(i, columns_of(i));
+  } else {
+    for (int i = 0; i < chunks; ++i) {
+      load(i);
+      use(0, columns_of(i));
+    }
+  }
+}
 
 // ---- Parameters
 
@@ -105,18 +129,27 @@ struct Statistics {
   float mean, rstd;
 };
 
-// Of a row of `length` columns, in two passes: pass(use) calls use(i, columns) for each chunk of
+// The length of a row, which its sums are divided by: one division for all rows.
+struct Divisor {
+  float value, inverse;
+
+  VK_BOTH explicit Divisor(int length)
+      : value(static_cast<float>(length)), inverse(1.0f / static_cast<float>(length)) {}
+};
+
+// Of a row, in two passes: pass(use) calls use(i, columns) for each chunk of
 // the thread, whose elements are then z[i], 0 beyond the row.
 template <bool VEC, int N, class Team, class Pass>
-VK_DEVICE Statistics statistics(Team& team, const float (&z)[N][8], float length, float eps,
-                                const Pass& pass) {
+VK_DEVICE Statistics statistics(Team& team, const float (&z)[N][8], const Divisor& length,
+                                float eps, const Pass& pass) {
   float sum[1] = {0.0f};
   pass([&](int i, const Columns<VEC>&) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum[0] += z[i][j];
   });
   team.sum(sum);
-  const float mean = sum[0] / length;
+  const float about = sum[0] * length.inverse;  // to the last bit; then what a division gives
+  const float mean = fmaf(fmaf(-about, length.value, sum[0]), length.inverse, about);
 
   float squares[1] = {0.0f};
   pass([&](int i, const Columns<VEC>& columns) {
@@ -128,7 +161,7 @@ VK_DEVICE Statistics statistics(Team& team, const float (&z)[N][8], float length
     }
   });
   team.sum(squares);
-  return {mean, 1.0f / sqrtf(squares[0] / length + eps)};
+  return {mean, rsqrt_approx(squares[0] * length.inverse + eps)};
 }
 
 // ---- Sums over rows, one a column

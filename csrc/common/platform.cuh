@@ -111,6 +111,16 @@ VK_DEVICE float unpack_f16_high(uint32_t pair) {
 
 // ---- Mathematics
 
+// The upper 32 bits of a product [P: mul.hi].
+VK_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+// 1 / sqrt(x) with a relative error to 2^-22.9 [P: rsqrt.approx].
+VK_DEVICE float rsqrt_approx(float x) {
+  float out;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
 // 2^x with a relative error to 2^-22; subnormal arguments and results are 0 [P: ex2.approx.ftz].
 VK_DEVICE float exp2_approx(float x) {
   float out;

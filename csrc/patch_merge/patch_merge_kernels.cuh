@@ -14,7 +14,7 @@
 //   pixels do not begin on 16-byte lines is copied first, so that bits do not depend on its place.
 // Floor: bytes per element of x in 16 bits: forward 4 (x in, y out), backward 6 (dy, x in, dx out).
 //   Swin-T's first merge, B128 of 56 x 56 x 96, at 4.3 TB/s: 36 and 54 us. Not measured.
-//   Two rows of it are about 600 instructions of a warp forward and 850 backward (sm_90a SASS,
+//   Two rows of it are about 530 instructions of a warp forward and 790 backward (sm_90a SASS,
 //   bf16), where the memory's time has room for 660 and 990.
 #pragma once
 
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<BLOCK, CHUNKS>)
   Team<BLOCK> team(a.lanes, partial);
   const int length = 4 * a.size.C;
   const int chunks = CHUNKS == 0 ? (length + 8 * team.size - 1) / (8 * team.size) : CHUNKS;
-  const float width = static_cast<float>(length);
+  const Divisor divisor(length);
 
   VK_DYNAMIC_SHARED(float, parameters);
   const SharedParameters shared(parameters, length);
@@ -233,22 +233,16 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<BLOCK, CHUNKS>)
   for (int64_t first = team.first; first < a.size.rows;
        first += team.step, patch.advance(a.size, team.step)) {
     float z[HELD][8];
-    if constexpr (CHUNKS > 0) load_patch<VEC>(a.x, patch, a.size.C, team.rank, team.size, 0, z);
-    // Calls use(i, columns) for each chunk, whose elements are z[i].
-    const auto pass = [&](auto use) {
-      if constexpr (CHUNKS > 0) {
-#pragma unroll
-        for (int i = 0; i < CHUNKS; ++i)
-          use(i, Columns<VEC>(i, team.rank, team.size, patch.length));
-      } else {
-        for (int i = 0; i < chunks; ++i) {
-          load_patch<VEC>(a.x, patch, a.size.C, team.rank, team.size, i, z);
-          use(0, Columns<VEC>(i, team.rank, team.size, patch.length));
-        }
-      }
+    const auto load = [&](int chunk) {
+      load_patch<VEC>(a.x, patch, a.size.C, team.rank, team.size, chunk, z);
     };
+    if constexpr (CHUNKS > 0) load(0);
+    const auto columns_of = [&](int chunk) {
+      return Columns<VEC>(chunk, team.rank, team.size, patch.length);
+    };
+    const auto pass = [&](auto use) { each_chunk<CHUNKS>(chunks, columns_of, load, use); };
 
-    const Statistics of_row = statistics<VEC>(team, z, width, a.eps, pass);
+    const Statistics of_row = statistics<VEC>(team, z, divisor, a.eps, pass);
     const float mean = of_row.mean, rstd = of_row.rstd;
     if (team.rank == 0 && patch.length > 0) {
       a.mean[patch.row] = mean;
@@ -317,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<BLOCK, CHUNKS>)
   Team<BLOCK> team(a.lanes, partial);
   const int length = 4 * a.size.C;
   const int chunks = CHUNKS == 0 ? (length + 8 * team.size - 1) / (8 * team.size) : CHUNKS;
-  const float width = static_cast<float>(length);
+  const Divisor divisor(length);
   const int64_t blocks = gridDim.x;
   // This block's row of the partial sums of dweight (0) and dbias (1).
   const auto sums_of = [&](int which) {
@@ -341,19 +335,14 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<BLOCK, CHUNKS>)
     const bool first_row = first == team.first;
     const float rstd = patch.length > 0 ? a.rstd[patch.row] : 0.0f;
     float xhat[HELD][8], dy[HELD][8];
-    if constexpr (CHUNKS > 0) load_xhat_dy<VEC>(a, patch, team.rank, team.size, 0, xhat, dy);
-    const auto pass = [&](auto use) {
-      if constexpr (CHUNKS > 0) {
-#pragma unroll
-        for (int i = 0; i < CHUNKS; ++i)
-          use(i, Columns<VEC>(i, team.rank, team.size, patch.length));
-      } else {
-        for (int i = 0; i < chunks; ++i) {
-          load_xhat_dy<VEC>(a, patch, team.rank, team.size, i, xhat, dy);
-          use(0, Columns<VEC>(i, team.rank, team.size, patch.length));
-        }
-      }
+    const auto load = [&](int chunk) {
+      load_xhat_dy<VEC>(a, patch, team.rank, team.size, chunk, xhat, dy);
     };
+    if constexpr (CHUNKS > 0) load(0);
+    const auto columns_of = [&](int chunk) {
+      return Columns<VEC>(chunk, team.rank, team.size, patch.length);
+    };
+    const auto pass = [&](auto use) { each_chunk<CHUNKS>(chunks, columns_of, load, use); };
 
     float sums[2] = {0.0f, 0.0f};  // of weight * dy and weight * dy * xhat
     pass([&](int i, const Columns<VEC>& columns) {
@@ -372,7 +361,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<BLOCK, CHUNKS>)
     });
     if (a.dx.data == nullptr) continue;
     team.sum(sums);
-    const float mean_wdy = sums[0] / width, mean_wdy_xhat = sums[1] / width;
+    const float mean_wdy = sums[0] * divisor.inverse, mean_wdy_xhat = sums[1] * divisor.inverse;
 
     pass([&](int i, const Columns<VEC>& columns) {
       float g[8], weight[8];

@@ -204,6 +204,10 @@ __global__ void exp2_kernel(const float* in, int64_t n, float* out) {
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) out[i] = exp2_approx(in[i]);
 }
 
+__global__ void rsqrt_kernel(const float* in, int64_t n, float* out) {
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) out[i] = rsqrt_approx(in[i]);
+}
+
 __global__ void unpack_kernel(const uint16_t* in, int64_t n, DType dtype, float* out, float* one) {
   Columns<true> columns(static_cast<int>(threadIdx.x), 0, 1, static_cast<int>(n));
   for (; columns.holds(0); columns.first += static_cast<int>(blockDim.x) * 8) {
@@ -214,9 +218,11 @@ __global__ void unpack_kernel(const uint16_t* in, int64_t n, DType dtype, float*
   }
 }
 
-__global__ void philox_kernel(uint64_t seed, uint64_t first, int n, uint32_t* out) {
-  for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x))
+__global__ void philox_kernel(uint64_t seed, uint64_t first, int n, uint32_t* out, uint32_t* too) {
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x)) {
     out[i] = philox_word(seed, first + static_cast<uint64_t>(i));
+    too[i] = philox_word<true>(seed, first + static_cast<uint64_t>(i));
+  }
 }
 
 // ---- The order of threads between two barriers, as they came
@@ -280,12 +286,15 @@ EXPORT convert(const float* in, int64_t n, uint32_t* bf16, uint32_t* f16) {
 EXPORT exponentials(const float* in, int64_t n, float* out) {
   return launch(exp2_kernel, 1, 32, 0, in, n, out);
 }
+EXPORT inverse_roots(const float* in, int64_t n, float* out) {
+  return launch(rsqrt_kernel, 1, 32, 0, in, n, out);
+}
 EXPORT unpack(const uint16_t* in, int64_t n, int is_bf16, float* out, float* one) {
   const DType dtype = is_bf16 ? DType::kBF16 : DType::kF16;
   return launch(unpack_kernel, 1, 1, 0, in, n, dtype, out, one);
 }
-EXPORT philox(uint64_t seed, uint64_t first, int n, uint32_t* out) {
-  return launch(philox_kernel, 1, 32, 0, seed, first, n, out);
+EXPORT philox(uint64_t seed, uint64_t first, int n, uint32_t* out, uint32_t* too) {
+  return launch(philox_kernel, 1, 32, 0, seed, first, n, out, too);
 }
 EXPORT order(int blocks, int threads, int os_threads, int* counter, int* out) {
   emulator::settings().threads = os_threads;

@@ -279,7 +279,18 @@ inline float unpack_f16_high(uint32_t pair) { return emulator::from_f16(pair >> 
 
 // ---- Mathematics
 
-// As wrong as it may be, up or down by the argument's last bit [P: ex2.approx.ftz].
+inline uint32_t multiply_high(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(uint64_t{a} * b >> 32);
+}
+
+// Approximations are as wrong as they may be, up or down by the argument's last bit.
+inline float rsqrt_approx(float x) {
+  const bool up = (float_to_bits(x) & 1) != 0;
+  const double exact = 1.0 / std::sqrt(static_cast<double>(x));
+  return static_cast<float>(up ? exact * (1.0 + 0x1.12p-23) : exact * (1.0 - 0x1.12p-23));
+}
+
+// [P: ex2.approx.ftz]
 inline float exp2_approx(float x) {
   const bool up = (float_to_bits(x) & 1) != 0;
   const float exact = std::exp2(std::fabs(x) < 0x1p-126f ? 0.0f : x);

@@ -15,7 +15,8 @@ constexpr int row_ring_bytes(int pieces, int words) { return 16 * pieces + 4 * w
 
 // `slots` (1 to 3) rows at a time, the one that is worked on included. Of a row a thread has PIECES
 // of 16 bytes and WORDS of 4; the lanes' follow each other, without bank conflicts. slots - 1 rows
-// are begun before the loop; then each turn begins one, waits for its own, reads it and ends.
+// are begun before the loop; then each turn begins one, waits for its own, reads it and ends. The
+// slot that a turn begins comes before the one it reads.
 template <int PIECES, int WORDS>
 class RowRing {
  public:
@@ -37,13 +38,11 @@ class RowRing {
   VK_DEVICE void set_word(int word, float value) {
     *reinterpret_cast<float*>(words_ + begins_ + word * 4 * kWarp) = value;
   }
-  VK_DEVICE void begun() {
-    commit_copies();
-    begins_ = after(begins_);
-  }
+  VK_DEVICE void begun() const { commit_copies(); }
 
   // The row that is worked on.
-  VK_DEVICE void wait() const {
+  VK_DEVICE void wait() {
+    reads_ = next();
     if (slots_ == 3)
       wait_copies<2>();
     else if (slots_ == 2)
@@ -57,14 +56,15 @@ class RowRing {
   VK_DEVICE float word(int word) const {
     return *reinterpret_cast<const float*>(words_ + reads_ + word * 4 * kWarp);
   }
-  VK_DEVICE void ended() { reads_ = after(reads_); }
+
+  VK_DEVICE void ended() { begins_ = next(); }
 
   VK_DEVICE int slots() const { return slots_; }
 
  private:
   static constexpr int kRow = row_ring_bytes(PIECES, WORDS) * kWarp;  // of a warp
 
-  VK_DEVICE int after(int slot) const { return slot + kRow == slots_ * kRow ? 0 : slot + kRow; }
+  VK_DEVICE int next() const { return begins_ + kRow == slots_ * kRow ? 0 : begins_ + kRow; }
 
   char *pieces_, *words_;
   int slots_, begins_ = 0, reads_ = 0;  // bytes
