@@ -9,8 +9,8 @@ from torch.autograd.function import once_differentiable
 from ... import _checks
 from ..._dispatch import (
     Backend,
-    autocast_dtype,
     choose,
+    computed_dtype,
     declare,
     keep_signature,
     needs_autograd,
@@ -77,7 +77,7 @@ def add_layer_norm(
     al. 2016.
     """
     _check_add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, out_dtype)
-    out_dtype = out_dtype or autocast_dtype(x.device) or x.dtype
+    out_dtype = out_dtype or computed_dtype(x.dtype, x.device)
     tensors = (x, residual, weight, bias, gamma)
     dtypes = (*(t.dtype for t in tensors if t is not None), out_dtype)
     training = needs_autograd(*tensors)

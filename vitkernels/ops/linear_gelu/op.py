@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from ... import _checks
 from ..._dispatch import (
     Backend,
-    autocast_dtype,
     choose,
+    computed_dtype,
     declare,
     keep_signature,
     needs_autograd,
@@ -100,7 +100,7 @@ def linear(
 
 
 def _call(op, x, weight, bias, activation, save_preactivation, backend):
-    out_dtype = autocast_dtype(x.device) or x.dtype
+    out_dtype = computed_dtype(x.dtype, x.device)
     dtypes = tuple(t.dtype for t in (x, weight, bias) if t is not None) + (out_dtype,)
     training = needs_autograd(x, weight, bias)
     sizes = x.shape[-1:]

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from ... import _checks
 from ..._dispatch import (
     Backend,
-    autocast_dtype,
     choose,
+    computed_dtype,
     declare,
     keep_signature,
     needs_autograd,
@@ -75,7 +75,7 @@ def patch_embed(
     """
     _check(images, weight, bias, pos_embed, prefix_tokens)
     own = weight.dtype if images.dtype == torch.uint8 else images.dtype
-    out_dtype = autocast_dtype(images.device) or own
+    out_dtype = computed_dtype(own, images.device)
     mean, std = _statistics(images, mean, std, out_dtype)
     tensors = (images, weight, bias, pos_embed, prefix_tokens)
     floats = [t.dtype for t in tensors if t is not None and t.dtype != torch.uint8]

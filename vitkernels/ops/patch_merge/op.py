@@ -9,8 +9,8 @@ from torch.autograd.function import once_differentiable
 from ... import _checks
 from ..._dispatch import (
     Backend,
-    autocast_dtype,
     choose,
+    computed_dtype,
     declare,
     keep_signature,
     needs_autograd,
@@ -64,7 +64,7 @@ def patch_merge_layer_norm(
     Source: Liu et al. 2021, section 3.1 (Swin).
     """
     _check(x, weight, bias, eps)
-    out_dtype = autocast_dtype(x.device) or x.dtype
+    out_dtype = computed_dtype(x.dtype, x.device)
     dtypes = tuple(t.dtype for t in (x, weight, bias) if t is not None) + (out_dtype,)
     training = needs_autograd(x, weight, bias)
     sizes = (4 * x.shape[-1],)

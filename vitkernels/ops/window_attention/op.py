@@ -9,8 +9,8 @@ from torch.autograd.function import once_differentiable
 from ... import _checks
 from ..._dispatch import (
     Backend,
-    autocast_dtype,
     choose,
+    computed_dtype,
     declare,
     keep_signature,
     needs_autograd,
@@ -113,8 +113,7 @@ def _facts(qkv, window, num_heads, logit_scale):
 
 def _cast(qkv):
     """Under autocast the operator computes and returns in the autocast dtype."""
-    dtype = autocast_dtype(qkv.device)
-    return qkv if dtype is None or qkv.dtype == torch.float64 else qkv.to(dtype)
+    return qkv.to(computed_dtype(qkv.dtype, qkv.device))
 
 
 def _pair(arg, value, low):
