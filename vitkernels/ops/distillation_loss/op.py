@@ -23,6 +23,7 @@ Tensor = torch.Tensor
 EVERY_FLOAT = _checks.FLOAT_DTYPES
 KINDS = ("soft", "hard")
 REDUCTIONS = ("batchmean", "deit")
+NO_CLASS = torch.iinfo(torch.int64).min  # what cross_entropy ignores: it would take -100 for that
 
 
 # Order of preference. The teacher's logits and soft targets each have their own dtype.
@@ -143,13 +144,16 @@ def _stock(
     )
     if targets.ndim == 2:
         targets = targets.to(logits.dtype)
-    base = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    base = F.cross_entropy(logits, targets, ignore_index=NO_CLASS, label_smoothing=label_smoothing)
     if hard:
-        distillation = F.cross_entropy(distill_logits, teacher_logits.argmax(1))
+        largest, decision = teacher_logits.max(1)
+        valid = torch.where(largest.isnan(), torch.nan, 1.0).to(logits.dtype)
+        distillation = (F.cross_entropy(distill_logits, decision, reduction="none") * valid).mean()
     else:
         student = F.log_softmax(distill_logits / temperature, 1)
         teacher = F.log_softmax(teacher_logits / temperature, 1)
-        total = F.kl_div(student, teacher, reduction="sum", log_target=True)
+        # Not kl_div: it makes NaN of a class that the teacher excludes.
+        total = reference.weighted(teacher.exp(), teacher - student).sum()
         rows = logits.numel() if per_class else logits.shape[0]
         distillation = (total * (temperature * temperature / rows)).to(logits.dtype)
     return (1 - alpha) * base + alpha * distillation
