@@ -156,3 +156,23 @@ def test_functional_call_with_grad(op, backend):
     module().backward()
     assert torch.equal(value, module())
     torch.testing.assert_close(grads["first"], module.first.grad, rtol=1e-6, atol=1e-6)
+
+
+# ---- PyTorch's global settings
+
+
+@each_pair
+def test_the_default_dtype_changes_nothing(op, backend):
+    """Scratch memory and constants too are of the dtypes that the tensors ask for."""
+    problem = small_problem(op, dropout_p=with_dropout(op))
+    tensors = list(problem.inputs.values())
+    with torch.no_grad():
+        outputs = as_tuple(problem.ours(backend)(*tensors))
+    incoming = output_gradients(problem, outputs)
+    expected = sum(grads_of(problem.ours(backend), tensors, incoming), ())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        mine = sum(grads_of(problem.ours(backend), tensors, incoming), ())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_bitwise_equal(mine, expected)
