@@ -35,14 +35,18 @@ def scores(q, k, bias, key_padding_mask, scale):
 
 
 def probabilities(s):
-    """Softmax rows and their log-sum-exp; a row of only -inf gives probabilities 0.
-
-    Not exp(s - lse): beside scores of -1e9, as masks have them, lse has no digits for log(Nk).
-    """
+    """Softmax rows and their log-sum-exp; a row of only -inf gives probabilities 0."""
     masked = (s == -torch.inf).all(-1, keepdim=True)
     s = s.masked_fill(masked, 0.0)
-    lse = torch.logsumexp(s, -1).masked_fill(masked.squeeze(-1), -torch.inf)
-    return torch.softmax(s, -1).masked_fill(masked, 0.0), lse
+    lse = torch.logsumexp(s, -1, keepdim=True)
+    p = softmax(s, lse).masked_fill(masked, 0.0)
+    return p, lse.masked_fill(masked, -torch.inf).squeeze(-1)
+
+
+def softmax(s, lse):
+    """Not exp(s - lse), but for the NaN of an infinite score in its own place only: beside scores
+    of -1e9, as masks have them, a log-sum-exp has no digits for log(Nk)."""
+    return torch.where(lse == torch.inf, torch.exp(s - lse), torch.softmax(s, -1))
 
 
 def dropout(p, seed, dropout_p):
