@@ -176,3 +176,26 @@ def test_the_default_dtype_changes_nothing(op, backend):
     finally:
         torch.set_default_dtype(torch.float32)
     assert_bitwise_equal(mine, expected)
+
+
+# ---- Tensors among the options
+
+
+WITHOUT = ("linear", "linear_gelu", "patch_merge_layer_norm", "window_attention")
+
+
+@pytest.mark.parametrize(("op", "backend"), [p for p in OPS_AND_BACKENDS if p[0] not in WITHOUT])
+def test_options_in_any_layout(op, backend):
+    """Masks, DropPath's factors, statistics, targets: slices of something larger, and expanded."""
+    problem = small_problem(op, batch=3)
+    given = {name: v for name, v in problem.options.items() if isinstance(v, torch.Tensor)}
+    changes = {name: torch.stack((v, v), -1)[..., 0] for name, v in given.items()}
+    assert_bitwise_equal(
+        run(problem, problem.ours(backend, **changes)), run(problem, problem.ours(backend))
+    )
+    expanded = {name: v[:1].expand(v.shape) for name, v in given.items()}
+    same = {name: v.contiguous() for name, v in expanded.items()}
+    assert_bitwise_equal(
+        run(problem, problem.ours(backend, **expanded)),
+        run(problem, problem.ours(backend, **same)),
+    )

@@ -86,7 +86,7 @@ def add_layer_norm(
         "add_layer_norm", BACKENDS, backend, x.device, dtypes, training=training, sizes=sizes
     )
     seed = draw_seed(x) if dropout_p > 0.0 else None
-    row_scale = None if row_scale is None else row_scale.to(_stat_dtype(x))
+    row_scale = None if row_scale is None else row_scale.to(_stat_dtype(x)).contiguous()
     args = (*tensors, row_scale, seed, float(dropout_p), float(eps), out_dtype)
     if chosen == "torch":
         return _stock_add_layer_norm(*args)
@@ -136,7 +136,7 @@ def layer_norm_add(
     chosen = choose(
         "layer_norm_add", BACKENDS, backend, x.device, dtypes, training=training, sizes=sizes
     )
-    row_scale = None if row_scale is None else row_scale.to(_stat_dtype(x))
+    row_scale = None if row_scale is None else row_scale.to(_stat_dtype(x)).contiguous()
     args = (x, residual, weight, bias, row_scale, float(eps))
     if chosen == "torch":
         return _stock_layer_norm_add(*args)
