@@ -109,15 +109,32 @@ def test_auto_takes_the_reference_in_float64(op):
     assert_bitwise_equal(run(problem, problem.ours()), run(problem, problem.ours("reference")))
 
 
+@pytest.mark.parametrize("loss_of", [torch.Tensor.sum, lambda o: o.square().sum()], ids=["sum", ""])
 @each_kernel
-def test_double_backward_is_refused(op, backend):
-    """An unmarked one would silently return None."""
+def test_double_backward_is_refused(op, backend, loss_of):
+    """An unmarked one would silently return None; torch's own mark takes the gradient of a sum for
+    a constant, since the incoming gradient is one."""
     problem = small_problem(op)
     leaves = [t.detach().requires_grad_() for t in problem.inputs.values()]
-    loss = sum(o.square().sum() for o in as_tuple(problem.ours(backend)(*leaves)))
+    loss = sum(map(loss_of, as_tuple(problem.ours(backend)(*leaves))))
     (grad,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@each_kernel
+def test_torch_func_refuses_a_second_derivative(op, backend):
+    problem = small_problem(op)
+    first, *rest = problem.inputs.values()
+
+    def slope(x):
+        def loss(x):
+            return sum(o.square().sum() for o in as_tuple(problem.ours(backend)(x, *rest)))
+
+        return torch.func.grad(loss)(x).square().sum()
+
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.func.grad(slope)(first)
 
 
 @each_pair

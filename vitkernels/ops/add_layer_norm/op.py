@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ... import _checks
+from ..._autograd import once_differentiable
 from ..._dispatch import (
     Backend,
     choose,
@@ -326,10 +326,10 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dnew_residual, _dmean, _drstd):
+    def backward(ctx, saved, dy, dnew_residual, _dmean, _drstd):
         if dy is None and dnew_residual is None:
             return (None,) * 11
-        z, mean, rstd, x, weight, bias, gamma, row_scale, seed = ctx.saved_tensors
+        z, mean, rstd, x, weight, bias, gamma, row_scale, seed = saved
         _, need_x, need_residual, need_weight, need_bias, need_gamma, *_ = ctx.needs_input_grad
         # An unscaled branch and the residual stream have one and the same gradient: it is computed
         # once.
@@ -373,7 +373,7 @@ class _LayerNormAdd(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, _dmean, _drstd):
+    def backward(ctx, saved, dout, _dmean, _drstd):
         if dout is None:
             return (None,) * 7
         _, need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
@@ -381,6 +381,6 @@ class _LayerNormAdd(torch.autograd.Function):
         dx = dweight = dbias = None
         if any(output_mask):
             dx, dweight, dbias = overload("layer_norm_add_bwd", ctx.backend)(
-                dout, *ctx.saved_tensors, output_mask
+                dout, *saved, output_mask
             )
         return None, dx, dout if need_residual else None, dweight, dbias, None, None

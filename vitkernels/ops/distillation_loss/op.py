@@ -6,9 +6,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ... import _checks
+from ..._autograd import once_differentiable
 from ..._dispatch import (
     Backend,
     choose,
@@ -213,18 +213,19 @@ class _DistillationLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        # Not marked as without gradients: they lead a second derivative to its refusal.
         _, dlogits, ddistill = output
-        ctx.mark_non_differentiable(*(t for t in (dlogits, ddistill) if t is not None))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dlogits, ddistill)
         ctx.backend, ctx.per_class = inputs[0], inputs[9]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss, _dlogits, _ddistill):
+    def backward(ctx, saved, dloss, _dlogits, _ddistill):
         if dloss is None:
             return (None,) * 11
-        output_mask, kept = list(ctx.needs_input_grad[1:3]), ctx.saved_tensors
+        output_mask = list(ctx.needs_input_grad[1:3])
+        kept = [None if t is None else t.detach() for t in saved]
         if _is_one(dloss, kept) and not _graph_is_kept():
             grads = [t if wanted else None for t, wanted in zip(kept, output_mask, strict=True)]
         else:
@@ -233,7 +234,7 @@ class _DistillationLoss(torch.autograd.Function):
         return None, *grads, *(None,) * 8
 
 
-def _is_one(dloss: Tensor, kept: tuple[Tensor | None, ...]) -> bool:
+def _is_one(dloss: Tensor, kept: list[Tensor | None]) -> bool:
     """Whether the kept gradients are the wanted ones, as after `loss.backward()`: seen where
     looking at the number costs nothing."""
     return (

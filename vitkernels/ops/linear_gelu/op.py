@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ... import _checks
+from ..._autograd import once_differentiable
 from ..._dispatch import (
     Backend,
     choose,
@@ -232,11 +232,11 @@ class _LinearGelu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, _dpreactivation):
+    def backward(ctx, saved, dy, _dpreactivation):
         if dy is None:
             return (None,) * 7
         output_mask = list(ctx.needs_input_grad[1:4])
         dx, dweight, dbias = overload("linear_gelu_bwd", ctx.backend)(
-            dy, *ctx.saved_tensors, ctx.activation, output_mask
+            dy, *saved, ctx.activation, output_mask
         )
         return None, dx, dweight, dbias, None, None, None

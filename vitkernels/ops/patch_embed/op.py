@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ... import _checks
+from ..._autograd import once_differentiable
 from ..._dispatch import (
     Backend,
     choose,
@@ -233,9 +233,7 @@ class _PatchEmbed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dtokens):
+    def backward(ctx, saved, dtokens):
         output_mask = list(ctx.needs_input_grad[1:6])
-        gradients = overload("patch_embed_bwd", ctx.backend)(
-            dtokens, *ctx.saved_tensors, output_mask
-        )
+        gradients = overload("patch_embed_bwd", ctx.backend)(dtokens, *saved, output_mask)
         return None, *gradients, None, None, None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ... import _checks
+from ..._autograd import once_differentiable
 from ..._dispatch import (
     Backend,
     choose,
@@ -165,11 +165,9 @@ class _PatchMergeLayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, _dmean, _drstd):
+    def backward(ctx, saved, dy, _dmean, _drstd):
         if dy is None:
             return (None,) * 6
         output_mask = list(ctx.needs_input_grad[1:4])
-        grads = overload("patch_merge_layer_norm_bwd", ctx.backend)(
-            dy, *ctx.saved_tensors, output_mask
-        )
+        grads = overload("patch_merge_layer_norm_bwd", ctx.backend)(dy, *saved, output_mask)
         return None, *grads, None, None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ... import _checks
+from ..._autograd import once_differentiable
 from ..._dispatch import (
     Backend,
     choose,
@@ -276,11 +276,11 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, _dlse):
+    def backward(ctx, saved, dout, _dlse):
         if dout is None:
             return (None,) * 12
         output_mask = list(ctx.needs_input_grad[1:4])
         grads = overload("window_attention_bwd", ctx.backend)(
-            dout, *ctx.saved_tensors, *ctx.options, output_mask
+            dout, *saved, *ctx.options, output_mask
         )
         return None, *grads, *(None,) * 8
