@@ -1,5 +1,6 @@
 """attention and attention_qkvpacked: special values, symmetries, dropout, determinism."""
 
+import functools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from attention_problems import attention_problem, packed_problem
 from problems import check, output_gradients, philox_keep_mask
 
 from vitkernels import testing
-from vitkernels.ops import attention
+from vitkernels.ops import attention, attention_weights
 from vitkernels.testing import assert_bitwise_equal, available_for, grads_of, same_specials
 
 BACKENDS = available_for("attention", D=64)
@@ -91,6 +92,33 @@ def test_a_large_constant_in_the_bias(backend, value):
     problem = attention_problem(1, 18, 2, 24, bias=(1, 2, 18, 18))
     problem.inputs["bias"] += value
     check(problem, backend, shape_class=f"N18 D24 bias + {value}", slack=abs(value))
+
+
+@pytest.mark.parametrize("low", [-1e9, -1e30], ids=str)
+@each_backend
+def test_a_row_of_large_negative_biases_is_a_softmax(backend, low):
+    """What masks of -1e9 make of a row without a key: a log-sum-exp has no digits for log(Nk)."""
+    problem = attention_problem(1, 18, 2, 24)
+    problem.inputs["q"][:, 4] = 0.0  # at -1e9 the scores, too, are lost or not by rounding
+    bias = torch.zeros(18, 18)
+    bias[4] = low
+    out = attention(*problem.inputs.values(), bias=bias, backend=backend)
+    mean = problem.inputs["v"].mean(1)
+    torch.testing.assert_close(out[:, 4], mean, rtol=1e-5, atol=1e-6)
+
+
+def test_the_reference_differentiates_a_row_of_large_negative_biases():
+    problem = attention_problem(1, 18, 2, 24)
+    bias = torch.zeros(18, 18)
+    bias[4] = -1e30
+    incoming = torch.zeros(1, 18, 2, 24)
+    incoming[:, 4] = torch.randn(1, 2, 24)
+    call = functools.partial(attention, bias=bias, backend="reference")
+    _, (_, _, dv) = grads_of(call, problem.inputs.values(), [incoming])
+    expected = (incoming[:, 4] / 18)[:, None].expand_as(dv)
+    torch.testing.assert_close(dv, expected, rtol=1e-5, atol=1e-6)
+    weights = attention_weights(problem.inputs["q"], problem.inputs["k"], bias=bias)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 18), rtol=1e-5, atol=1e-6)
 
 
 @each_backend

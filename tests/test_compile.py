@@ -253,3 +253,13 @@ def test_autocast_leaves_layer_norm_add_alone(backend):
     expected = run(problem, problem.ours(backend))
     with torch.autocast("cpu", torch.bfloat16):
         assert_bitwise_equal(run(problem, problem.ours(backend)), expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_leaves_float64_alone(op):
+    """As in stock PyTorch: what came in float64 is not rounded to 16 bits."""
+    problem = small_problem(op).double()
+    problem.options.pop("out_dtype", None)
+    expected = run(problem, problem.ours())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_bitwise_equal(run(problem, problem.ours()), expected)

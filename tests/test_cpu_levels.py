@@ -22,7 +22,7 @@ CASES = {
     "attention_qkvpacked": 60,
     "patch_embed": 52,
     "window_attention": 36,
-    "patch_merge_layer_norm": 32,
+    "patch_merge_layer_norm": 33,
     "linear_gelu": 49,
     "linear": 40,
     "distillation_loss": 27,

@@ -77,6 +77,14 @@ def test_encoder(name, norm, mask):
     cases.record("Encoder", "auto", torch.float32, name, f"{mask}, norm {norm}")
 
 
+@pytest.mark.parametrize("name", ["post_norm", "gelu_pre_norm"])
+def test_autocast_leaves_float64_alone(name):
+    ours, x = Encoder.from_torch(torch_encoder(name, norm=True)).double(), torch.randn(B, N, C)
+    expected = ours(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(x.double()), expected)
+
+
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("name", ["post_norm", "gelu_pre_norm"])
 def test_sixteen_bits(name, how):

@@ -109,15 +109,32 @@ def test_auto_takes_the_reference_in_float64(op):
     assert_bitwise_equal(run(problem, problem.ours()), run(problem, problem.ours("reference")))
 
 
+@pytest.mark.parametrize("loss_of", [torch.Tensor.sum, lambda o: o.square().sum()], ids=["sum", ""])
 @each_kernel
-def test_double_backward_is_refused(op, backend):
-    """An unmarked one would silently return None."""
+def test_double_backward_is_refused(op, backend, loss_of):
+    """An unmarked one would silently return None; torch's own mark takes the gradient of a sum for
+    a constant, since the incoming gradient is one."""
     problem = small_problem(op)
     leaves = [t.detach().requires_grad_() for t in problem.inputs.values()]
-    loss = sum(o.square().sum() for o in as_tuple(problem.ours(backend)(*leaves)))
+    loss = sum(map(loss_of, as_tuple(problem.ours(backend)(*leaves))))
     (grad,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@each_kernel
+def test_torch_func_refuses_a_second_derivative(op, backend):
+    problem = small_problem(op)
+    first, *rest = problem.inputs.values()
+
+    def slope(x):
+        def loss(x):
+            return sum(o.square().sum() for o in as_tuple(problem.ours(backend)(x, *rest)))
+
+        return torch.func.grad(loss)(x).square().sum()
+
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.func.grad(slope)(first)
 
 
 @each_pair
@@ -156,3 +173,46 @@ def test_functional_call_with_grad(op, backend):
     module().backward()
     assert torch.equal(value, module())
     torch.testing.assert_close(grads["first"], module.first.grad, rtol=1e-6, atol=1e-6)
+
+
+# ---- PyTorch's global settings
+
+
+@each_pair
+def test_the_default_dtype_changes_nothing(op, backend):
+    """Scratch memory and constants too are of the dtypes that the tensors ask for."""
+    problem = small_problem(op, dropout_p=with_dropout(op))
+    tensors = list(problem.inputs.values())
+    with torch.no_grad():
+        outputs = as_tuple(problem.ours(backend)(*tensors))
+    incoming = output_gradients(problem, outputs)
+    expected = sum(grads_of(problem.ours(backend), tensors, incoming), ())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        mine = sum(grads_of(problem.ours(backend), tensors, incoming), ())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_bitwise_equal(mine, expected)
+
+
+# ---- Tensors among the options
+
+
+WITHOUT = ("linear", "linear_gelu", "patch_merge_layer_norm", "window_attention")
+
+
+@pytest.mark.parametrize(("op", "backend"), [p for p in OPS_AND_BACKENDS if p[0] not in WITHOUT])
+def test_options_in_any_layout(op, backend):
+    """Masks, DropPath's factors, statistics, targets: slices of something larger, and expanded."""
+    problem = small_problem(op, batch=3)
+    given = {name: v for name, v in problem.options.items() if isinstance(v, torch.Tensor)}
+    changes = {name: torch.stack((v, v), -1)[..., 0] for name, v in given.items()}
+    assert_bitwise_equal(
+        run(problem, problem.ours(backend, **changes)), run(problem, problem.ours(backend))
+    )
+    expanded = {name: v[:1].expand(v.shape) for name, v in given.items()}
+    same = {name: v.contiguous() for name, v in expanded.items()}
+    assert_bitwise_equal(
+        run(problem, problem.ours(backend, **expanded)),
+        run(problem, problem.ours(backend, **same)),
+    )

@@ -381,3 +381,8 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+def computed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Autocast's, else the input's own; float64 stays float64, as in stock PyTorch."""
+    return dtype if dtype == torch.float64 else autocast_dtype(device) or dtype

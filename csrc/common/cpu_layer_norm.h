@@ -52,6 +52,11 @@ VK_INLINE void for_row(int64_t C, Body&& body) {
   if (c < C) body(c, static_cast<int>(C - c), 0);
 }
 
+// What an accumulator takes in before it is emptied into a row's sum. Equal terms, as a padded
+// pixel or a background has them, round the same way at every addition: over 5,000 of them the
+// variance was off by 20 ulp.
+constexpr int64_t kSumBlock = 1024;
+
 struct Sums {
   Vec lane[kUnroll] = {};
   VK_INLINE float total() const { return reduce_add((lane[0] + lane[1]) + (lane[2] + lane[3])); }
@@ -76,13 +81,17 @@ VK_INLINE void prefetch_output(const T* p) {
 }
 
 VK_INLINE float reciprocal_std(const float* z, int64_t C, float mean, float eps) {
-  Sums squares;
   const Vec centre = splat(mean);
-  for_row(C, [&](int64_t c, int n, int k) {
-    const Vec d = first_n(load(z + c) - centre, n);
-    squares.lane[k] = fma(d, d, squares.lane[k]);
-  });
-  return 1.0f / __builtin_sqrtf(squares.total() / static_cast<float>(C) + eps);
+  float total = 0.0f;
+  for (int64_t begin = 0; begin < C; begin += kSumBlock) {
+    Sums squares;
+    for_row(C - begin < kSumBlock ? C - begin : kSumBlock, [&](int64_t c, int n, int k) {
+      const Vec d = first_n(load(z + begin + c) - centre, n);
+      squares.lane[k] = fma(d, d, squares.lane[k]);
+    });
+    total += squares.total();
+  }
+  return 1.0f / __builtin_sqrtf(total / static_cast<float>(C) + eps);
 }
 
 // y = (z - mean) * rstd * weight + bias; `ahead`: elements to the row that is written next but

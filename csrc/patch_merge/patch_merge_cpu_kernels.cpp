@@ -12,6 +12,9 @@ namespace {
 
 constexpr int kPixels = 4;  // of a row
 
+// Whether a row's sums are emptied after each pixel (see kSumBlock) instead of at its end.
+VK_INLINE bool sums_by_pixel(int64_t C) { return kPixels * C > kSumBlock; }
+
 // The pixels of a row as pointers, null beyond an odd edge.
 template <class T>
 struct Pixels {
@@ -44,6 +47,7 @@ struct MergeBuffers : RowBuffers<kBuffers> {
 template <class X>
 float read_row(const MapArg& x, int64_t row, float* z) {
   const Pixels<const X> pixels = pixels_of<const X>(x, row);
+  float total = 0.0f;
   Sums sums;
   for (int s = 0; s < kPixels; ++s, z += x.C) {
     const X* const pixel = pixels.at[s];
@@ -56,8 +60,11 @@ float read_row(const MapArg& x, int64_t row, float* z) {
       store(z + c, v);
       sums.lane[k] += v;
     });
+    if (!sums_by_pixel(x.C)) continue;
+    total += sums.total();
+    sums = Sums{};
   }
-  return sums.total();
+  return total + sums.total();
 }
 
 template <class Y>
@@ -99,6 +106,7 @@ void normalize_grad(const MergeBackwardArgs& args, int64_t row, MergeBuffers<2>&
   const int64_t x_ahead = 2 * kRows * args.x.stride_w;
   Pixels<const X> pixels[kRows];
   Vec centre[kRows], factor[kRows], first[kRows] = {}, second[kRows] = {};
+  float first_sum[kRows] = {}, second_sum[kRows] = {};
   for (int r = 0; r < kRows; ++r) {
     pixels[r] = pixels_of<const X>(args.x, row + r);
     centre[r] = splat(args.mean[row + r]);
@@ -140,10 +148,15 @@ void normalize_grad(const MergeBackwardArgs& args, int64_t row, MergeBuffers<2>&
       if (dweight != nullptr) store_or(dweight + c, dw, n);
       if (dbias != nullptr) store_or(dbias + c, db, n);
     });
+    if (!sums_by_pixel(C) && s + 1 < kPixels) continue;
+    for (int r = 0; r < kRows; ++r) {
+      first_sum[r] += reduce_add(first[r]);
+      second_sum[r] += reduce_add(second[r]);
+      first[r] = second[r] = Vec{};
+    }
   }
   const float columns = static_cast<float>(kPixels * C);
-  for (int r = 0; r < kRows; ++r)
-    means[r] = {reduce_add(first[r]) / columns, reduce_add(second[r]) / columns};
+  for (int r = 0; r < kRows; ++r) means[r] = {first_sum[r] / columns, second_sum[r] / columns};
 }
 
 // dx = rstd * (wdy - mean(wdy) - xhat * mean(wdy * xhat)), each pixel to its place.

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor, nn
 
 from .._checks import fail, positive_int
-from .._dispatch import autocast_dtype
-from .encoder_block import EncoderBlock
+from .encoder_block import EncoderBlock, norm_dtype
 from .pending import Pending, add, add_norm, fusable
 from .watched import global_hooks, hooked
 
@@ -61,9 +59,9 @@ class Encoder(nn.Module):
             return x if self.norm is None else self.norm(x)
         if self.norm is None:
             return add(x)
-        # torch's last norm returns fp32 under autocast
-        dtype = src.dtype if autocast_dtype(src.device) is None else torch.float32
-        return add_norm(x, self.norm, dtype)[0] if fusable(self.norm) else self.norm(add(x))
+        if not fusable(self.norm):
+            return self.norm(add(x))
+        return add_norm(x, self.norm, norm_dtype(src))[0]
 
     def _chains(self) -> bool:
         """Whether a block may leave its last add to the norm of the next: a hook sees Tensors."""

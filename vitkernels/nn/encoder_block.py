@@ -91,13 +91,20 @@ class EncoderBlock(nn.Module):
             )
             pending = dropped(stream, self._feed_forward(y), self.dropout2)
             return pending if isinstance(src, Pending) else add(pending)
-        # The normalised sum is the next residual stream: as torch's, in fp32 under autocast.
-        dtype = x.dtype if autocast_dtype(x.device) is None else torch.float32
+        # The normalised sum is the next residual stream.
+        dtype = norm_dtype(x)
         x, _ = add_norm(dropped(x, self.self_attn(x, *masks), self.dropout1), self.norm1, dtype)
         return add_norm(dropped(x, self._feed_forward(x), self.dropout2), self.norm2, dtype)[0]
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.linear2(self.dropout(activated(self.linear1, self.activation, x)))
+
+
+def norm_dtype(x: Tensor) -> torch.dtype:
+    """Of the output of torch's LayerNorm: fp32 under autocast, where float64 stays."""
+    if autocast_dtype(x.device) is None:
+        return x.dtype
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def activation_module(activation) -> nn.Module:

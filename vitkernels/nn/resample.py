@@ -36,7 +36,7 @@ def resample_patch_embed(
     if old_size == tuple(new_size):
         return weight
     size = old_size[0] * old_size[1]
-    basis = torch.eye(size, device=weight.device).reshape(size, 1, *old_size)
+    basis = torch.eye(size, device=weight.device, dtype=torch.float32).reshape(size, 1, *old_size)
     resized = F.interpolate(
         basis, size=tuple(new_size), mode=mode, antialias=antialias, align_corners=False
     )
@@ -65,8 +65,9 @@ def resample_bias_table(
 
 def _distances_to_distances(new: int, old: int) -> Tensor:
     """(2*new-1, 2*old-1): each row's linear weights of the old distances at a new distance."""
+    fp32 = {"dtype": torch.float32}  # whatever torch.set_default_dtype says
     if old == 1:
-        return torch.ones(2 * new - 1, 1)
+        return torch.ones(2 * new - 1, 1, **fp32)
     low, high = 1.01, 1.5  # the common ratio with which `old` steps reach `new`
     ratio = low
     while high - low > 1e-6:
@@ -76,11 +77,11 @@ def _distances_to_distances(new: int, old: int) -> Tensor:
         else:
             low = ratio
     steps = [sum(ratio**j for j in range(i + 1)) for i in range(old - 1)]
-    at = torch.tensor([-step for step in reversed(steps)] + [0.0] + steps)
-    wanted = torch.arange(1 - new, new, dtype=torch.float32).clamp(at[0], at[-1])
+    at = torch.tensor([-step for step in reversed(steps)] + [0.0] + steps, **fp32)
+    wanted = torch.arange(1 - new, new, **fp32).clamp(at[0], at[-1])
     right = torch.bucketize(wanted, at).clamp(min=1)
     left_share = (at[right] - wanted) / (at[right] - at[right - 1])
-    weights = torch.zeros(2 * new - 1, at.numel())
+    weights = torch.zeros(2 * new - 1, at.numel(), **fp32)
     rows = torch.arange(2 * new - 1)
     weights[rows, right - 1] = left_share
     weights[rows, right] += 1 - left_share

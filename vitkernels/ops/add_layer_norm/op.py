@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ... import _checks
+from ..._autograd import once_differentiable
 from ..._dispatch import (
     Backend,
-    autocast_dtype,
     choose,
+    computed_dtype,
     declare,
     keep_signature,
     needs_autograd,
@@ -77,7 +77,7 @@ def add_layer_norm(
     al. 2016.
     """
     _check_add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, out_dtype)
-    out_dtype = out_dtype or autocast_dtype(x.device) or x.dtype
+    out_dtype = out_dtype or computed_dtype(x.dtype, x.device)
     tensors = (x, residual, weight, bias, gamma)
     dtypes = (*(t.dtype for t in tensors if t is not None), out_dtype)
     training = needs_autograd(*tensors)
@@ -86,7 +86,7 @@ def add_layer_norm(
         "add_layer_norm", BACKENDS, backend, x.device, dtypes, training=training, sizes=sizes
     )
     seed = draw_seed(x) if dropout_p > 0.0 else None
-    row_scale = None if row_scale is None else row_scale.to(_stat_dtype(x))
+    row_scale = None if row_scale is None else row_scale.to(_stat_dtype(x)).contiguous()
     args = (*tensors, row_scale, seed, float(dropout_p), float(eps), out_dtype)
     if chosen == "torch":
         return _stock_add_layer_norm(*args)
@@ -136,7 +136,7 @@ def layer_norm_add(
     chosen = choose(
         "layer_norm_add", BACKENDS, backend, x.device, dtypes, training=training, sizes=sizes
     )
-    row_scale = None if row_scale is None else row_scale.to(_stat_dtype(x))
+    row_scale = None if row_scale is None else row_scale.to(_stat_dtype(x)).contiguous()
     args = (x, residual, weight, bias, row_scale, float(eps))
     if chosen == "torch":
         return _stock_layer_norm_add(*args)
@@ -326,10 +326,10 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dnew_residual, _dmean, _drstd):
+    def backward(ctx, saved, dy, dnew_residual, _dmean, _drstd):
         if dy is None and dnew_residual is None:
             return (None,) * 11
-        z, mean, rstd, x, weight, bias, gamma, row_scale, seed = ctx.saved_tensors
+        z, mean, rstd, x, weight, bias, gamma, row_scale, seed = saved
         _, need_x, need_residual, need_weight, need_bias, need_gamma, *_ = ctx.needs_input_grad
         # An unscaled branch and the residual stream have one and the same gradient: it is computed
         # once.
@@ -373,7 +373,7 @@ class _LayerNormAdd(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, _dmean, _drstd):
+    def backward(ctx, saved, dout, _dmean, _drstd):
         if dout is None:
             return (None,) * 7
         _, need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
@@ -381,6 +381,6 @@ class _LayerNormAdd(torch.autograd.Function):
         dx = dweight = dbias = None
         if any(output_mask):
             dx, dweight, dbias = overload("layer_norm_add_bwd", ctx.backend)(
-                dout, *ctx.saved_tensors, output_mask
+                dout, *saved, output_mask
             )
         return None, dx, dout if need_residual else None, dweight, dbias, None, None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ... import _checks
+from ..._autograd import once_differentiable
 from ..._dispatch import (
     Backend,
     autocast_dtype,
@@ -361,13 +361,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, _dlse):
+    def backward(ctx, saved, dout, _dlse):
         if dout is None:
             return (None,) * 9
         _, need_q, need_k, need_v, need_bias, *_ = ctx.needs_input_grad
         output_mask = [need_q, need_k, need_v, need_bias]
         dq, dk, dv, dbias = overload("attention_bwd", ctx.backend)(
-            dout, *ctx.saved_tensors, *ctx.options, output_mask
+            dout, *saved, *ctx.options, output_mask
         )
         return None, dq, dk, dv, dbias, None, None, None, None
 
@@ -389,10 +389,10 @@ class _AttentionQkvPacked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, _dlse):
+    def backward(ctx, saved, dout, _dlse):
         if dout is None:
             return (None,) * 8
-        qkv, *saved = ctx.saved_tensors
+        qkv, *saved = saved
         _, need_qkv, _, need_bias, *_ = ctx.needs_input_grad
         dqkv, dbias = overload("attention_qkvpacked_bwd", ctx.backend)(
             dout, qkv, ctx.num_heads, *saved, *ctx.options, [need_qkv, need_bias]

@@ -37,9 +37,16 @@ def scores(q, k, bias, key_padding_mask, scale):
 def probabilities(s):
     """Softmax rows and their log-sum-exp; a row of only -inf gives probabilities 0."""
     masked = (s == -torch.inf).all(-1, keepdim=True)
-    lse = torch.logsumexp(s.masked_fill(masked, 0.0), -1, keepdim=True)
-    p = torch.exp(s - lse)
+    s = s.masked_fill(masked, 0.0)
+    lse = torch.logsumexp(s, -1, keepdim=True)
+    p = softmax(s, lse).masked_fill(masked, 0.0)
     return p, lse.masked_fill(masked, -torch.inf).squeeze(-1)
+
+
+def softmax(s, lse):
+    """Not exp(s - lse), but for the NaN of an infinite score in its own place only: beside scores
+    of -1e9, as masks have them, a log-sum-exp has no digits for log(Nk)."""
+    return torch.where(lse == torch.inf, torch.exp(s - lse), torch.softmax(s, -1))
 
 
 def dropout(p, seed, dropout_p):
@@ -67,8 +74,7 @@ def attention_bwd(
     dout, q, k, v, out, lse, bias, key_padding_mask, seed, scale, dropout_p, output_mask
 ):
     s = scores(q, k, bias, key_padding_mask, scale)
-    lse = lse.to(s.dtype).unsqueeze(-1)
-    p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0))
+    p, _ = probabilities(s)
     dout, wide_q, wide_k = widen(dout), widen(q), widen(k)
     dp = dropout(torch.einsum("bihd,bjhd->bhij", dout, widen(v)), seed, dropout_p)
     # rowsum(p * dp) equals rowsum(dout * out); masked entries have p = 0 and get no gradient,

@@ -6,9 +6,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ... import _checks
+from ..._autograd import once_differentiable
 from ..._dispatch import (
     Backend,
     choose,
@@ -23,6 +23,7 @@ Tensor = torch.Tensor
 EVERY_FLOAT = _checks.FLOAT_DTYPES
 KINDS = ("soft", "hard")
 REDUCTIONS = ("batchmean", "deit")
+NO_CLASS = torch.iinfo(torch.int64).min  # what cross_entropy ignores: it would take -100 for that
 
 
 # Order of preference. The teacher's logits and soft targets each have their own dtype.
@@ -143,13 +144,16 @@ def _stock(
     )
     if targets.ndim == 2:
         targets = targets.to(logits.dtype)
-    base = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    base = F.cross_entropy(logits, targets, ignore_index=NO_CLASS, label_smoothing=label_smoothing)
     if hard:
-        distillation = F.cross_entropy(distill_logits, teacher_logits.argmax(1))
+        largest, decision = teacher_logits.max(1)
+        valid = torch.where(largest.isnan(), torch.nan, 1.0).to(logits.dtype)
+        distillation = (F.cross_entropy(distill_logits, decision, reduction="none") * valid).mean()
     else:
         student = F.log_softmax(distill_logits / temperature, 1)
         teacher = F.log_softmax(teacher_logits / temperature, 1)
-        total = F.kl_div(student, teacher, reduction="sum", log_target=True)
+        # Not kl_div: it makes NaN of a class that the teacher excludes.
+        total = reference.weighted(teacher.exp(), teacher - student).sum()
         rows = logits.numel() if per_class else logits.shape[0]
         distillation = (total * (temperature * temperature / rows)).to(logits.dtype)
     return (1 - alpha) * base + alpha * distillation
@@ -209,18 +213,19 @@ class _DistillationLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        # Not marked as without gradients: they lead a second derivative to its refusal.
         _, dlogits, ddistill = output
-        ctx.mark_non_differentiable(*(t for t in (dlogits, ddistill) if t is not None))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dlogits, ddistill)
         ctx.backend, ctx.per_class = inputs[0], inputs[9]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss, _dlogits, _ddistill):
+    def backward(ctx, saved, dloss, _dlogits, _ddistill):
         if dloss is None:
             return (None,) * 11
-        output_mask, kept = list(ctx.needs_input_grad[1:3]), ctx.saved_tensors
+        output_mask = list(ctx.needs_input_grad[1:3])
+        kept = [None if t is None else t.detach() for t in saved]
         if _is_one(dloss, kept) and not _graph_is_kept():
             grads = [t if wanted else None for t, wanted in zip(kept, output_mask, strict=True)]
         else:
@@ -229,7 +234,7 @@ class _DistillationLoss(torch.autograd.Function):
         return None, *grads, *(None,) * 8
 
 
-def _is_one(dloss: Tensor, kept: tuple[Tensor | None, ...]) -> bool:
+def _is_one(dloss: Tensor, kept: list[Tensor | None]) -> bool:
     """Whether the kept gradients are the wanted ones, as after `loss.backward()`: seen where
     looking at the number costs nothing."""
     return (

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ... import _checks
+from ..._autograd import once_differentiable
 from ..._dispatch import (
     Backend,
-    autocast_dtype,
     choose,
+    computed_dtype,
     declare,
     keep_signature,
     needs_autograd,
@@ -100,7 +100,7 @@ def linear(
 
 
 def _call(op, x, weight, bias, activation, save_preactivation, backend):
-    out_dtype = autocast_dtype(x.device) or x.dtype
+    out_dtype = computed_dtype(x.dtype, x.device)
     dtypes = tuple(t.dtype for t in (x, weight, bias) if t is not None) + (out_dtype,)
     training = needs_autograd(x, weight, bias)
     sizes = x.shape[-1:]
@@ -232,11 +232,11 @@ class _LinearGelu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, _dpreactivation):
+    def backward(ctx, saved, dy, _dpreactivation):
         if dy is None:
             return (None,) * 7
         output_mask = list(ctx.needs_input_grad[1:4])
         dx, dweight, dbias = overload("linear_gelu_bwd", ctx.backend)(
-            dy, *ctx.saved_tensors, ctx.activation, output_mask
+            dy, *saved, ctx.activation, output_mask
         )
         return None, dx, dweight, dbias, None, None, None

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ... import _checks
+from ..._autograd import once_differentiable
 from ..._dispatch import (
     Backend,
-    autocast_dtype,
     choose,
+    computed_dtype,
     declare,
     keep_signature,
     needs_autograd,
@@ -75,7 +75,7 @@ def patch_embed(
     """
     _check(images, weight, bias, pos_embed, prefix_tokens)
     own = weight.dtype if images.dtype == torch.uint8 else images.dtype
-    out_dtype = autocast_dtype(images.device) or own
+    out_dtype = computed_dtype(own, images.device)
     mean, std = _statistics(images, mean, std, out_dtype)
     tensors = (images, weight, bias, pos_embed, prefix_tokens)
     floats = [t.dtype for t in tensors if t is not None and t.dtype != torch.uint8]
@@ -233,9 +233,7 @@ class _PatchEmbed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dtokens):
+    def backward(ctx, saved, dtokens):
         output_mask = list(ctx.needs_input_grad[1:6])
-        gradients = overload("patch_embed_bwd", ctx.backend)(
-            dtokens, *ctx.saved_tensors, output_mask
-        )
+        gradients = overload("patch_embed_bwd", ctx.backend)(dtokens, *saved, output_mask)
         return None, *gradients, None, None, None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ... import _checks
+from ..._autograd import once_differentiable
 from ..._dispatch import (
     Backend,
-    autocast_dtype,
     choose,
+    computed_dtype,
     declare,
     keep_signature,
     needs_autograd,
@@ -64,7 +64,7 @@ def patch_merge_layer_norm(
     Source: Liu et al. 2021, section 3.1 (Swin).
     """
     _check(x, weight, bias, eps)
-    out_dtype = autocast_dtype(x.device) or x.dtype
+    out_dtype = computed_dtype(x.dtype, x.device)
     dtypes = tuple(t.dtype for t in (x, weight, bias) if t is not None) + (out_dtype,)
     training = needs_autograd(x, weight, bias)
     sizes = (4 * x.shape[-1],)
@@ -165,11 +165,9 @@ class _PatchMergeLayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, _dmean, _drstd):
+    def backward(ctx, saved, dy, _dmean, _drstd):
         if dy is None:
             return (None,) * 6
         output_mask = list(ctx.needs_input_grad[1:4])
-        grads = overload("patch_merge_layer_norm_bwd", ctx.backend)(
-            dy, *ctx.saved_tensors, output_mask
-        )
+        grads = overload("patch_merge_layer_norm_bwd", ctx.backend)(dy, *saved, output_mask)
         return None, *grads, None, None

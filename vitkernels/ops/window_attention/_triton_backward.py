@@ -218,8 +218,9 @@ def _launch_one_pass(
     )
     groups = programs_of_a_head(*sizes.map_of_windows, sizes.shift, per_program)
     device = qkv.device
-    dbias = None if dbias_table is None else torch.empty((groups, heads, tile, tile), device=device)
-    dscale = None if dlogit_scale is None else torch.empty((groups, heads), device=device)
+    fp32 = {"dtype": torch.float32, "device": device}
+    dbias = None if dbias_table is None else torch.empty((groups, heads, tile, tile), **fp32)
+    dscale = None if dlogit_scale is None else torch.empty((groups, heads), **fp32)
     bias = expand_bias(bias_table, sizes.window, tile, tile, shift=sizes.shift)
     (dout, qkv, *_), (s_dout, s_qkv, *s_dqkv), unit = maps(
         dout, qkv, *([] if dqkv is None else [dqkv])

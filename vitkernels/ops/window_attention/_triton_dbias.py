@@ -143,11 +143,12 @@ def launch_dbias(
     splits = dbias_splits(heads * tiles, sizes.windows, multiprocessors(device))
     per_program = cdiv(sizes.windows, splits)
     splits = cdiv(sizes.windows, per_program)
+    fp32 = {"dtype": torch.float32, "device": device}
     dbias = dscale = None
     if dbias_table is not None:
-        dbias = torch.empty((splits, heads, height, width), device=device)
+        dbias = torch.empty((splits, heads, height, width), **fp32)
     if dlogit_scale is not None:
-        dscale = torch.empty((splits * tiles, heads), device=device)
+        dscale = torch.empty((splits * tiles, heads), **fp32)
     _dbias_kernel[(heads * tiles * splits,)](
         *pointers, dbias, dscale, heads, sizes.rows, sizes.columns, sizes.windows, per_program,
         *strides, *scalars, HEIGHT=height, WIDTH=width, **settings,

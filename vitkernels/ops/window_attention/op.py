@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ... import _checks
+from ..._autograd import once_differentiable
 from ..._dispatch import (
     Backend,
-    autocast_dtype,
     choose,
+    computed_dtype,
     declare,
     keep_signature,
     needs_autograd,
@@ -113,8 +113,7 @@ def _facts(qkv, window, num_heads, logit_scale):
 
 def _cast(qkv):
     """Under autocast the operator computes and returns in the autocast dtype."""
-    dtype = autocast_dtype(qkv.device)
-    return qkv if dtype is None or qkv.dtype == torch.float64 else qkv.to(dtype)
+    return qkv.to(computed_dtype(qkv.dtype, qkv.device))
 
 
 def _pair(arg, value, low):
@@ -277,11 +276,11 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, _dlse):
+    def backward(ctx, saved, dout, _dlse):
         if dout is None:
             return (None,) * 12
         output_mask = list(ctx.needs_input_grad[1:4])
         grads = overload("window_attention_bwd", ctx.backend)(
-            dout, *ctx.saved_tensors, *ctx.options, output_mask
+            dout, *saved, *ctx.options, output_mask
         )
         return None, *grads, *(None,) * 8

@@ -14,6 +14,7 @@ import math
 import torch
 
 from .._random import keep_mask
+from ..attention.reference import softmax
 
 Tensor = torch.Tensor
 
@@ -31,7 +32,7 @@ def window_attention(
     q, k, v = unpack(qkv, num_heads, window, shift)
     s, _ = scores(q, k, bias_table, scale, logit_scale, qkv.shape, window, shift)
     lse = torch.logsumexp(s, -1, keepdim=True)
-    out = dropout(torch.exp(s - lse), seed, dropout_p) @ v
+    out = dropout(softmax(s, lse), seed, dropout_p) @ v
     return pack([out], qkv.shape, window, shift).to(qkv.dtype), lse.squeeze(-1)
 
 
@@ -152,7 +153,7 @@ def window_attention_bwd(
     window, shift = (Wh, Ww), (shift_h, shift_w)
     q, k, v = unpack(qkv, num_heads, window, shift)
     s, cosine = scores(q, k, bias_table, scale, logit_scale, qkv.shape, window, shift)
-    p = torch.exp(s - lse.to(s.dtype).unsqueeze(-1))
+    p = softmax(s, lse.to(s.dtype).unsqueeze(-1))
     dout = to_windows(widen(dout), window, shift).unflatten(-1, (num_heads, -1)).transpose(2, 3)
     dp = dropout(dout @ v.transpose(-1, -2), seed, dropout_p)
     # Masked entries have p = 0 and get no gradient, whatever dp holds.
