@@ -9,7 +9,8 @@
 //   8           one lane loads: K and V through a ring each, the next item's behind this one's
 //   9..11       up to 16 rows past whole tiles (577 = 9 * 64 + 1) in tails of 8, by mma.sync: a
 //               third of each tile's keys a warp, beside an item that has a tile for either group,
-//               from the K and V that are there (attention_sm90_long_tail.cuh)
+//               from the K and V that are there (attention_sm90_long_tail.cuh); heads to 80
+//               columns, with bias, masks or dropout to 64: wider ones leave too few registers
 // Tiles of keys are of 152 or 176, whichever computes fewer columns in vain (577 = 4 * 152 - 31,
 // 1370 = 8 * 176 - 38), so that only the last has a mask and no tile is a sliver.
 //
@@ -18,12 +19,12 @@
 // clock and multiprocessor = 69 us, which the turns overlap. N 1370: 97% of columns and rows.
 // A tile of 64 rows and 608 keys is 2500 clocks of the four tensor cores and 2430 of exponentials;
 // a tail 304 products of 16 x 8 x 16, 700 clocks of three (at 60% of wgmma's rate), and 400 of
-// exponentials. So 577 has 9 tiles and a tail instead of 10 tiles: 6% less; and 1025 has 8 items
-// instead of 9, of which the last would be one row for one group.
+// exponentials. So 577 has 9 tiles and a tail instead of 10 tiles: 6% fewer clocks; 1025 has 8
+// items instead of 9, of which the last would be one row for one group.
 // One item at a time would pay 1 to 2 us of start for each 6 us of work, hence blocks that stay:
 // 3840 items of the first shape are 29.1 rounds of 132.
 //
-// Grid: a block for each multiprocessor, 384 threads; 200 or 208 registers a thread that
+// Grid: a block for each multiprocessor, 384 threads; 200 or 240 registers a thread that
 // multiplies. Not measured yet. Launch settings: attention_plan_sm90_long.h.
 #include "attention/attention_sm90_long_tail.cuh"
 
