@@ -186,7 +186,9 @@ def check_attention(
     saved = double(dout, q, k, v, *truth, bias)
     exact = attention_reference.attention_bwd(*saved, *options, wanted)
     base = attention_reference.attention_bwd(dout, q, k, v, *base, bias, *options, wanted)
-    compare(ours, base, exact, what + " backward")
+    # One bias for all keys changes nothing: its gradient is rounding alone, other terms' in each.
+    one_for_all_keys = bias is not None and bias.shape[-1] == 1 < Nk
+    compare(ours, base, exact, what + " backward", slack=2.0 if one_for_all_keys else 1.0)
 
 
 def splits_and_lengths():
