@@ -52,6 +52,7 @@ ANY = [
     case((2, 2), 8, 64, UINT8, BF16, std=(1e-3, 1.0, 1e3)),
     case((16, 18), 4, 384, UINT8, BF16, B=1),
     case((7, 4), 3, 248, UINT8, BF16, B=19),
+    case((9, 15), 8, 264, BF16, BF16, B=5),
     case((5, 13), 8, 248, FP16, FP16, B=1),
     case((2, 1), (6, 24), 32, BF16, BF16, B=70, mean=None, std=None),
 ]

@@ -95,7 +95,7 @@ from problems import check
 from vitkernels.testing import cuda_path
 
 torch.use_deterministic_algorithms(True)  # unwritten outputs are NaN
-problem = patch_embed_problem((9, 15), 8, 40, UINT8, torch.bfloat16, B=4, Cin=7,
+problem = patch_embed_problem((9, 15), 8, 40, UINT8, torch.bfloat16, B=5, Cin=7,
                               std=(0.1, 0.4, 0.2))
 with cuda_path(sys.argv[1]):
     check(problem, "cuda", shape_class="planted faults")
