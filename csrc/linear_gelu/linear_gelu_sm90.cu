@@ -7,15 +7,13 @@
 //   sends its results away, so that tensor cores wait for neither. One begins when the other has
 //   seen all its stages: who waits for a stage's next phase must know that the one before is over.
 // Blocks come in pairs (clusters), which have two tiles of the same columns, one below the other:
-// each
-//   brings its own A and half of B to both, so that a step of 64 k is 24 KB from L2, not 32: 48
-//   bytes a cycle and multiprocessor beside 512 cycles of products, and the machine's L2 has about
-//   40 to 55 to give. A stage is empty when both blocks have multiplied it. Where pairs would leave
-//   more than a sixteenth of the tiles empty, each block is alone.
+//   each brings its own A and half of B to both, so that a step of 64 k is 24 KB from L2, not 32:
+//   48 bytes a cycle and multiprocessor beside 512 cycles of products, where 64 would be more than
+//   L2 is said to give (estimated, not measured). A stage is empty when both blocks have multiplied
+//   it. Where pairs would leave more than a sixteenth of the tiles empty, each block is alone.
 // Results in the products' dtype go through the warpgroup's own shared memory, swizzled, and out by
 //   TMA, which cuts them at M and N; partial sums and fp32 go straight to global memory.
-// Tiles go down eight rows (pairs) of tiles before they go right: eight tiles of A and what the
-// machine has
+// Tiles go down eight rows (pairs) of tiles before they go right: their A and what the machine has
 //   of B stay in L2.
 // Floor: 790 TFLOP/s measured on an H200: ViT-B's fc1 (50,432 x 768 x 3072, 238 GFLOP) 301 us. A
 //   tile is 12 steps of 512 cycles; exact GELU and conversion of 16,384 results are about 40
