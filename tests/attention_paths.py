@@ -9,6 +9,7 @@ from native_build import NVCC
 from problems import DTYPE_IDS, Problem
 
 from vitkernels import testing
+from vitkernels.ops.attention import reference
 from vitkernels.testing import assert_bitwise_equal, assert_close_to_truth, available_for
 
 needs_kernels = pytest.mark.skipif(
@@ -24,8 +25,10 @@ def forward(problem: Problem) -> torch.Tensor:
         return problem.ours("cuda")(*problem.inputs.values())
 
 
-def check_forward(problem: Problem, what: str, layout: str, factor: float | None) -> None:
-    """The output within the error model, the inputs untouched."""
+def check_forward(
+    problem: Problem, what: str, layout: str, factor: float | None
+) -> tuple[torch.Tensor, ...]:
+    """The output within the error model, the inputs untouched. Returns ours, base and truth."""
     problem = problem.laid_out(layout)
     tensors = list(problem.inputs.values())
     with torch.no_grad(), testing.unchanged(*tensors):
@@ -34,6 +37,7 @@ def check_forward(problem: Problem, what: str, layout: str, factor: float | None
         truth = problem.truth()(*problem.double().inputs.values())
     assert_close_to_truth(ours, base, truth, what=what, rmse_factor=factor)
     testing.cases.record(problem.op, "cuda", DTYPE_IDS[tensors[0].dtype], what, layout)
+    return ours, base, truth
 
 
 def check_specials(problem: Problem) -> None:
@@ -55,6 +59,18 @@ def check_heads_alone(problem: Problem) -> None:
 def raw(q, k, v, bias=None, padding=None, scale=0.125):
     """(out, lse) without dropout."""
     return torch.ops.vitkernels.attention_fwd.cuda(q, k, v, bias, padding, None, scale, 0.0)
+
+
+def check_raw(tensors, bias=None, padding=None, scale=0.125) -> None:
+    """The output, and lse, which is fp32 on every backend, against the reference in float64."""
+    out, lse = raw(*tensors, bias, padding, scale)
+    wide = [t.double() for t in tensors]
+    wide_bias = bias.double() if bias is not None and bias.is_floating_point() else bias
+    truth, exact = reference.attention(*wide, wide_bias, padding, None, scale, 0.0)
+    assert torch.equal(lse.isfinite(), exact.isfinite())
+    there = exact.isfinite()
+    assert (lse - exact)[there].abs().max() < 4e-6 * exact[there].abs().max()
+    assert (out - truth).abs().max() < 0.02
 
 
 def qkv(B, Nq, Nk, H=1, D=64, dtype=torch.bfloat16, seed=3) -> list[torch.Tensor]:

@@ -3,10 +3,9 @@ by mma.sync, beside the warpgroups, is the same; plans."""
 
 import math
 
-import attention_paths
 import pytest
 import torch
-from attention_paths import forward, needs_kernels, qkv, raw
+from attention_paths import check_forward, check_raw, needs_kernels, qkv, raw
 from attention_problems import attention_problem
 from problems import DTYPE_IDS
 
@@ -27,26 +26,10 @@ def sm90():
 
 def check(problem, what):
     """All rows within the error model, and the last ones, past whole tiles, on their own."""
-    attention_paths.check_forward(problem, f"sm90 long tail {what}", "contiguous", None)
-    tensors = list(problem.inputs.values())
-    with torch.no_grad():
-        ours, base = forward(problem), problem.base()(*tensors)
-        truth = problem.truth()(*problem.double().inputs.values())
-    first = ours.shape[1] // 64 * 64
-    last = [t[:, first:].contiguous() for t in (ours, base, truth)]
+    all_rows = check_forward(problem, f"sm90 long tail {what}", "contiguous", None)
+    first = all_rows[0].shape[1] // 64 * 64
+    last = [t[:, first:].contiguous() for t in all_rows]
     assert_close_to_truth(*last, what=f"last rows, {what}")
-
-
-def check_raw(tensors, bias=None, padding=None, scale=0.125):
-    """lse too; it is fp32 on every backend."""
-    out, lse = raw(*tensors, bias, padding, scale)
-    wide = [t.double() for t in tensors]
-    wide_bias = bias.double() if bias is not None and bias.is_floating_point() else bias
-    truth, exact = reference.attention(*wide, wide_bias, padding, None, scale, 0.0)
-    assert torch.equal(lse.isfinite(), exact.isfinite())
-    there = exact.isfinite()
-    assert (lse - exact)[there].abs().max() < 4e-6 * exact[there].abs().max()
-    assert (out - truth).abs().max() < 0.02
 
 
 # Rows past tiles of 64: none, tails of one or two rows, of 8, two tails, too many.

@@ -28,7 +28,8 @@ VK_DEVICE void cluster_sync() {
 }
 
 // Arrives at the barrier that lies where `barrier` does in block `rank` of the cluster, which may
-// be this one [P: mapa, mbarrier.arrive].
+// be this one. It says that reads are over, and shows nobody what was written: a release at cluster
+// scope would be a fence of the whole GPU at every stage [P: mapa, mbarrier.arrive].
 VK_DEVICE void mbarrier_arrive_at(MBarrier* barrier, int rank) {
   asm volatile(
       "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "

@@ -40,10 +40,7 @@ class Device {
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
               const Arguments&... arguments) const {
-    if (shared_bytes > 48 << 10)  // more than that only by request [G:
-                                  // "cudaFuncAttributeMaxDynamicSharedMemorySize"]
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared_bytes)));
+    allow_shared(kernel, shared_bytes);
     kernel<<<grid, block, shared_bytes, stream_>>>(arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
@@ -53,9 +50,7 @@ class Device {
   template <class... Parameters, class... Arguments>
   void launch_cluster(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block,
                       size_t shared_bytes, const Arguments&... arguments) const {
-    if (shared_bytes > 48 << 10)
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared_bytes)));
+    allow_shared(kernel, shared_bytes);
     cudaLaunchAttribute size{};
     size.id = cudaLaunchAttributeClusterDimension;
     size.val.clusterDim.x = static_cast<unsigned>(cluster);
@@ -85,6 +80,14 @@ class Device {
   }
 
  private:
+  // More than 48 KB only by request [G: "cudaFuncAttributeMaxDynamicSharedMemorySize"].
+  template <class... Parameters>
+  static void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
+    if (bytes > 48 << 10)
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(bytes)));
+  }
+
   template <class... Parameters, class... Arguments>
   void launch_with(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaLaunchAttribute attribute, unsigned attributes,

@@ -259,7 +259,6 @@ void meet_cluster(Place place) {
 }
 
 int cluster_rank() { return running->block->rank; }
-int cluster_size() { return static_cast<int>(running->block->cluster->blocks.size()); }
 
 AsyncProxy& async_proxy_of(const char* what, int rank, Place place) {
   const Unwatched emulator;

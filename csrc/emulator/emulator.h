@@ -134,7 +134,6 @@ void meet_part(const char* what, int id, int threads, bool waits, Place place);
 // All threads of all blocks of the cluster that have not exited meet.
 void meet_cluster(Place place);
 int cluster_rank();  // of the running thread's block
-int cluster_size();
 
 // Until another thread, or the scheduler, wakes this one. `detail` is for the list of who waits
 // where.
